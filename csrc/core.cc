@@ -1,0 +1,496 @@
+// The driver of a step: checks, tiling, scratch memory, folding of the network, and the order of the passes.
+#include "csrc/core.h"
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels/small_fc_lopt/kernel.h"
+
+namespace lopt {
+namespace {
+
+// ---- instruction sets ----
+
+std::vector<const Kernels*> usable_kernels() {
+  std::vector<const Kernels*> all;
+#if defined(LOPT_X86_64)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("x86-64-v4")) all.push_back(&v4::small_fc());
+  if (__builtin_cpu_supports("x86-64-v3")) all.push_back(&v3::small_fc());
+  if (__builtin_cpu_supports("x86-64-v2")) all.push_back(&v2::small_fc());
+#else
+  all.push_back(&portable::small_fc());
+#endif
+  return all;
+}
+
+const std::vector<const Kernels*>& kernels() {
+  static const std::vector<const Kernels*> all = usable_kernels();
+  if (all.empty()) throw std::runtime_error("lopt_fast needs a processor of at least x86-64-v2 (SSE 4.2)");
+  return all;
+}
+
+std::string public_name(const Kernels& k) {
+  return std::strcmp(k.name, "portable") == 0 ? k.name : "x86-64-" + std::string(k.name);
+}
+
+const std::vector<std::string>& kernel_names() {
+  static const std::vector<std::string> names = [] {
+    std::vector<std::string> n;
+    for (const Kernels* k : kernels()) n.push_back(public_name(*k));
+    return n;
+  }();
+  return names;
+}
+
+size_t chosen = 0;  // index into kernels(); changed by set_instruction_set alone
+
+template <typename T>
+const KernelTable<T>& table();
+template <>
+const KernelTable<float>& table<float>() {
+  return kernels()[chosen]->f32;
+}
+template <>
+const KernelTable<double>& table<double>() {
+  return kernels()[chosen]->f64;
+}
+
+// ---- tiling ----
+
+constexpr int64_t kTileElements = 16384;     // least work of a task
+constexpr int64_t kLargeTensor = 65536;      // from here on the tiles of one tensor go to several threads
+constexpr int64_t kMostRowTiles = 64;        // bounds the scratch for sums along x
+constexpr int64_t kLongestRun = 65536;       // a longer row is cut
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+Tiling tiling_of(const Loops& l) {
+  Tiling t;
+  t.rows = l.batch0 * l.x * l.batch1;
+  t.run = l.y * l.batch2;
+  // Vectors have a single row: cut that one as finely as tasks are to be.
+  t.run_per_tile = t.rows == 1 ? kTileElements : kLongestRun;
+  if (t.run_per_tile > t.run) t.run_per_tile = t.run;
+  t.run_tiles = divide_up(t.run, t.run_per_tile);
+  t.rows_per_tile = divide_up(kTileElements, t.run_per_tile);
+  if (t.rows_per_tile * kMostRowTiles < t.rows) t.rows_per_tile = divide_up(t.rows, kMostRowTiles);
+  if (t.rows_per_tile > t.rows) t.rows_per_tile = t.rows;
+  t.row_tiles = divide_up(t.rows, t.rows_per_tile);
+  return t;
+}
+
+// ---- scratch memory ----
+
+// Hands out aligned pieces of one block; grows between tensors, never while one is in use.
+class Arena {
+ public:
+  ~Arena() { std::free(block_); }
+  Arena() = default;
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+
+  void reset(size_t bytes) {
+    used_ = 0;
+    if (bytes <= size_) return;
+    std::free(block_);
+    size_ = 0;
+    block_ = static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+    if (!block_) throw std::bad_alloc();
+    size_ = bytes;
+  }
+  template <typename U>
+  U* take(int64_t count) {
+    U* p = reinterpret_cast<U*>(block_ + used_);
+    used_ += bytes_of<U>(count);
+    return p;
+  }
+  template <typename U>
+  static size_t bytes_of(int64_t count) {
+    return (size_t(count) * sizeof(U) + 63) / 64 * 64;
+  }
+
+ private:
+  char* block_ = nullptr;
+  size_t size_ = 0, used_ = 0;
+};
+
+// ---- one tensor ----
+
+constexpr double kLog2E = 1.4426950408889634;
+
+// Offsets of the meta-parameters in the flat array (lopt_fast.reference.flatten_theta).
+struct ThetaLayout {
+  int64_t w0, b0, w1, b1, w_out, b_out, decays, size;
+  explicit ThetaLayout(const Spec& s) {
+    const int64_t h = s.hidden_size;
+    w0 = 0;
+    b0 = w0 + kInputs * h;
+    w1 = b0 + h;
+    b1 = s.hidden_layers == 2 ? w1 + h * h : w1;
+    w_out = s.hidden_layers == 2 ? b1 + h : w1;
+    b_out = w_out + 2 * h;
+    decays = b_out + 2;
+    size = decays + kMomenta + 1 + kFactored;
+  }
+};
+
+template <typename T>
+TensorStep<T> describe(const Spec& spec, const Tensor& tensor, double clip) {
+  const Loops& l = tensor.loops;
+  const ThetaLayout at(spec);
+  TensorStep<T> c = {};
+  c.tensor = tensor;
+  c.tiling = tiling_of(l);
+  c.x_size = l.batch0 * l.x * l.batch1 * l.batch2;
+  c.y_size = l.batch0 * l.batch1 * l.y * l.batch2;
+  c.n = c.tiling.rows * c.tiling.run;
+  c.hidden_size = spec.hidden_size;
+  c.hidden_layers = spec.hidden_layers;
+  c.lagged = spec.lagged && tensor.scalars->t > 0;
+
+  const StepScalars& now = *tensor.scalars;
+  c.grad_scale = T(now.grad_scale * clip);
+  const double decay = now.lr * now.weight_decay;
+  c.param_scale = T(tensor.apply ? 1.0 - decay : -decay);
+  c.theta = static_cast<const T*>(tensor.theta);
+  const T* d = c.theta + at.decays;
+  for (int k = 0; k < kMomenta; ++k) c.d_momentum[k] = d[k];
+  c.d_second_moment = d[kMomenta];
+  for (int k = 0; k < kFactored; ++k) c.d_factored[k] = d[kMomenta + 1 + k];
+  c.w1 = c.theta + at.w1;
+  c.b1 = c.theta + at.b1;
+
+  c.momentum = static_cast<T*>(tensor.momentum);
+  c.second_moment = static_cast<T*>(tensor.second_moment);
+  c.mean_squares = static_cast<T*>(tensor.mean_squares);
+  if (l.factored) {
+    c.x_accumulator = static_cast<T*>(l.x_is_row ? tensor.row : tensor.column);
+    c.y_accumulator = static_cast<T*>(l.x_is_row ? tensor.column : tensor.row);
+  } else {
+    c.diagonal = static_cast<T*>(tensor.row);
+  }
+  return c;
+}
+
+template <typename T>
+void take_scratch(TensorStep<T>& c, Arena& arena) {
+  const Tiling& t = c.tiling;
+  const Loops& l = c.tensor.loops;
+  const int64_t h = c.hidden_size;
+  const bool factored = l.factored;
+  c.x_stride = c.x_size + kPadding;
+  c.y_stride = c.y_size + kPadding;
+  const int64_t x_sums = factored ? t.run_tiles * c.x_size : 0;
+  const int64_t y_sums = factored ? (l.batch0 + t.row_tiles) * l.batch1 * t.run : 0;
+  const int64_t axes = factored ? c.x_stride + c.y_stride : 0;
+  const int64_t longest = factored ? (c.x_stride > c.y_stride ? c.x_stride : c.y_stride) : 0;
+  using A = Arena;
+  arena.reset(A::bytes_of<T>(x_sums) + A::bytes_of<T>(y_sums) + A::bytes_of<T>(longest) +
+              A::bytes_of<double>(t.tiles() * kFeatures) + A::bytes_of<T>(kFeatures * h) + A::bytes_of<T>(h) +
+              A::bytes_of<T>(2 * h) + (kFactored + h) * A::bytes_of<T>(axes) + 2 * 64 * (kFactored + h));
+  c.w0 = arena.take<T>(kFeatures * h);
+  c.b0 = arena.take<T>(h);
+  c.w_out = arena.take<T>(2 * h);
+  c.sums = arena.take<double>(t.tiles() * kFeatures);
+  if (!factored) return;
+  c.x_sums = arena.take<T>(x_sums);
+  c.y_sums = arena.take<T>(y_sums);
+  c.scratch = arena.take<T>(longest);
+  c.x_factor = arena.take<T>(kFactored * c.x_stride);
+  c.y_factor = arena.take<T>(kFactored * c.y_stride);
+  c.x_bias = arena.take<T>(h * c.x_stride);
+  c.y_bias = arena.take<T>(h * c.y_stride);
+}
+
+// Bias of the first layer with the time columns: what of the network does not depend on statistics.
+template <typename T>
+void fold_time(TensorStep<T>& c, const Spec& spec) {
+  const ThetaLayout at(spec);
+  const int64_t h = spec.hidden_size;
+  const double t = double(c.tensor.scalars->t);
+  double time[kTimeColumns];
+  for (int x = 0; x < kTimeColumns; ++x) time[x] = std::tanh(t / kTimescales[x] - 1.0);
+  for (int64_t j = 0; j < h; ++j) {
+    double bias = double(c.theta[at.b0 + j]);
+    for (int x = 0; x < kTimeColumns; ++x) bias += time[x] * double(c.theta[at.w0 + (kNormalised + x) * h + j]);
+    c.b0[j] = T(bias);
+  }
+}
+
+// Mean squares of the features over the tensor: sums of all tiles, in their order.
+template <typename T>
+void mean_squares(const TensorStep<T>& c, double* out) {
+  for (int f = 0; f < c.features(); ++f) {
+    double total = 0;
+    for (int64_t tile = 0; tile < c.tiling.tiles(); ++tile) total += c.sums[tile * kFeatures + f];
+    out[f] = total / double(c.n);
+  }
+}
+
+template <typename T>
+void read_mean_squares(const TensorStep<T>& c, double* out) {
+  for (int f = 0; f < c.features(); ++f) out[f] = double(c.mean_squares[kColumnOfFeature[f]]);
+}
+
+template <typename T>
+void write_mean_squares(const TensorStep<T>& c, const double* from) {
+  for (int column = 0; column < kNormalised; ++column) c.mean_squares[column] = T(0);
+  for (int f = 0; f < c.features(); ++f) {
+    c.mean_squares[kColumnOfFeature[f]] = T(from[f]);
+    if (f >= fDiagonal) c.mean_squares[kColumnOfFeature[f] + kDiagonalTwin] = T(from[f]);
+  }
+}
+
+// First layer with the normalisers, last layer with everything that multiplies the step.
+template <typename T>
+void fold_network(TensorStep<T>& c, const Spec& spec, const double* squares) {
+  const ThetaLayout at(spec);
+  const int64_t h = spec.hidden_size;
+  const T* w0 = c.theta + at.w0;
+  for (int f = 0; f < c.features(); ++f) {
+    const double root = std::sqrt(squares[f] + kNormaliserEpsilon);
+    const double scale = 1.0 / root;
+    c.limit[f] = T(kLaggedClip * root);
+    const int64_t column = kColumnOfFeature[f];
+    for (int64_t j = 0; j < h; ++j) {
+      double w = double(w0[column * h + j]);
+      if (f >= fDiagonal) w += double(w0[(column + kDiagonalTwin) * h + j]);
+      c.w0[f * h + j] = T(scale * w);
+    }
+  }
+  double step = c.tensor.scalars->lr * spec.step_mult;
+  if (spec.parameter_rms) step *= std::sqrt(squares[fP] + spec.scale_epsilon);
+  const double multiplier[2] = {step, spec.exp_mult * kLog2E};
+  for (int o = 0; o < 2; ++o) {
+    for (int64_t j = 0; j < h; ++j) c.w_out[2 * j + o] = T(multiplier[o] * double(c.theta[at.w_out + 2 * j + o]));
+    c.b_out[o] = T(multiplier[o] * double(c.theta[at.b_out + o]));
+  }
+}
+
+// Runs `pass` over all tiles.
+template <typename T>
+void run_tiles(const Pool& pool, const TensorStep<T>& c, void (*pass)(const TensorStep<T>&, int64_t)) {
+  struct Work {
+    const TensorStep<T>* c;
+    void (*pass)(const TensorStep<T>&, int64_t);
+  } work = {&c, pass};
+  const int64_t tiles = c.tiling.tiles();
+  if (tiles == 1) return pass(c, 0);
+  pool.run(
+      pool.context, tiles,
+      [](void* w, int64_t i) {
+        const Work& work = *static_cast<Work*>(w);
+        work.pass(*work.c, i);
+      },
+      &work);
+}
+
+template <typename T>
+void step_tensor(const Spec& spec, const Tensor& tensor, double clip, const Pool& pool, Arena& arena) {
+  const KernelTable<T>& k = table<T>();
+  TensorStep<T> c = describe<T>(spec, tensor, clip);
+  take_scratch(c, arena);
+  fold_time(c, spec);
+  const bool factored = tensor.loops.factored;
+  double squares[kFeatures];
+  if (c.lagged) {
+    if (factored) k.fold_factors(c);
+    read_mean_squares(c, squares);
+    fold_network(c, spec, squares);
+    run_tiles(pool, c, k.apply);
+    if (factored) k.update_factors(c);
+    mean_squares(c, squares);
+    write_mean_squares(c, squares);
+    return;
+  }
+  if (factored) {
+    run_tiles(pool, c, k.factor_statistics);
+    k.update_factors(c);
+    k.fold_factors(c);
+  }
+  run_tiles(pool, c, k.feature_statistics);
+  mean_squares(c, squares);
+  fold_network(c, spec, squares);
+  if (spec.lagged) {
+    // First step: exact statistics, but clipped as in every step of this mode; its sums serve the next one.
+    c.lagged = true;
+    run_tiles(pool, c, k.apply);
+    write_mean_squares(c, squares);
+    return;
+  }
+  run_tiles(pool, c, k.apply);
+}
+
+void step_one(const Spec& spec, const Tensor& tensor, double clip, const Pool& pool, Arena& arena) {
+  if (tensor.dtype == Dtype::float32)
+    step_tensor<float>(spec, tensor, clip, pool, arena);
+  else
+    step_tensor<double>(spec, tensor, clip, pool, arena);
+}
+
+// ---- clipping by the global norm ----
+
+int64_t elements(const Tensor& t) {
+  return t.loops.batch0 * t.loops.x * t.loops.batch1 * t.loops.y * t.loops.batch2;
+}
+
+template <typename T>
+double tile_square_sum(const Spec& spec, const Tensor& tensor, int64_t tile) {
+  return table<T>().square_sum(describe<T>(spec, tensor, 1.0), tile);
+}
+
+// One factor per group: min(1, max_norm / (norm + 1e-6)).
+std::vector<double> clip_factors(const Spec& spec, const Tensor* tensors, int64_t count, const double* max_norms,
+                                 int32_t groups, const Pool& pool) {
+  struct Piece {
+    int64_t tensor, tile;
+    double sum;
+  };
+  std::vector<Piece> pieces;
+  for (int64_t i = 0; i < count; ++i)
+    if (tensors[i].clip_group >= 0 && elements(tensors[i]) > 0) {
+      const int64_t tiles = tiling_of(tensors[i].loops).tiles();
+      for (int64_t tile = 0; tile < tiles; ++tile) pieces.push_back({i, tile, 0.0});
+    }
+  std::vector<double> factors(size_t(groups), 1.0);
+  if (pieces.empty()) return factors;
+  struct Work {
+    const Spec* spec;
+    const Tensor* tensors;
+    std::vector<Piece>* pieces;
+  } work = {&spec, tensors, &pieces};
+  pool.run(
+      pool.context, int64_t(pieces.size()),
+      [](void* w, int64_t i) {
+        const Work& work = *static_cast<Work*>(w);
+        Piece& piece = (*work.pieces)[size_t(i)];
+        const Tensor& tensor = work.tensors[piece.tensor];
+        piece.sum = tensor.dtype == Dtype::float32 ? tile_square_sum<float>(*work.spec, tensor, piece.tile)
+                                                   : tile_square_sum<double>(*work.spec, tensor, piece.tile);
+      },
+      &work);
+  std::vector<double> squares(size_t(groups), 0.0);
+  for (const Piece& piece : pieces) squares[size_t(tensors[piece.tensor].clip_group)] += piece.sum;
+  for (int32_t g = 0; g < groups; ++g) {
+    const double factor = max_norms[g] / (std::sqrt(squares[size_t(g)]) + kClipEpsilon);
+    if (!(factor >= 1.0)) factors[size_t(g)] = factor;  // NaN stays NaN, as in PyTorch
+  }
+  return factors;
+}
+
+// ---- checks ----
+
+[[noreturn]] void refuse(int64_t index, const std::string& why) {
+  throw std::invalid_argument("tensor " + std::to_string(index) + ": " + why);
+}
+
+void check(const Spec& spec, const Tensor* tensors, int64_t count, int32_t clip_groups) {
+  if (spec.hidden_size < 2 || spec.hidden_size > 256)
+    throw std::invalid_argument("hidden_size " + std::to_string(spec.hidden_size) + " is not in 2..256");
+  if (spec.hidden_layers != 1 && spec.hidden_layers != 2)
+    throw std::invalid_argument("hidden_layers " + std::to_string(spec.hidden_layers) + " is not 1 or 2");
+  for (int64_t i = 0; i < count; ++i) {
+    const Tensor& t = tensors[i];
+    const Loops& l = t.loops;
+    if (l.batch0 < 0 || l.x < 0 || l.batch1 < 0 || l.y < 0 || l.batch2 < 0) refuse(i, "negative size");
+    if (!l.factored && (l.batch0 != 1 || l.x != 1 || l.batch1 != 1 || l.batch2 != 1))
+      refuse(i, "not factored, but more than one axis");
+    if (t.dtype != Dtype::float32 && t.dtype != Dtype::float64) refuse(i, "dtype is neither float32 nor float64");
+    if (t.clip_group >= clip_groups) refuse(i, "clip group out of range");
+    if (!t.scalars || !t.theta) refuse(i, "no scalars or no meta-parameters");
+    if (elements(t) == 0) continue;
+    if (!t.param.data || !t.grad.data || !t.output.data || !t.momentum || !t.second_moment || !t.row ||
+        (l.factored && !t.column) || (spec.lagged && !t.mean_squares))
+      refuse(i, "a pointer is null");
+    if (t.param.strides || t.grad.strides || t.output.strides) {
+      if (t.ndim < 0 || t.ndim > 64 || !t.sizes) refuse(i, "strides without sizes, or more than 64 axes");
+      int64_t n = 1;
+      for (int axis = 0; axis < t.ndim; ++axis) n *= t.sizes[axis];
+      if (n != elements(t)) refuse(i, "sizes do not agree with the loops");
+    }
+  }
+}
+
+}  // namespace
+
+int64_t theta_size(const Spec& spec) { return ThetaLayout(spec).size; }
+
+const char* instruction_set() { return kernel_names()[chosen].c_str(); }
+
+const char* const* available_instruction_sets() {
+  static const std::vector<const char*> names = [] {
+    std::vector<const char*> n;
+    for (const std::string& name : kernel_names()) n.push_back(name.c_str());
+    n.push_back(nullptr);
+    return n;
+  }();
+  return names.data();
+}
+
+void set_instruction_set(const char* name) {
+  std::string known;
+  for (size_t i = 0; i < kernel_names().size(); ++i) {
+    if (kernel_names()[i] == name) {
+      chosen = i;
+      return;
+    }
+    known += (known.empty() ? "" : ", ") + kernel_names()[i];
+  }
+  throw std::invalid_argument("instruction set '" + std::string(name) + "' is not available; available: " + known);
+}
+
+void small_fc_step(const Spec& spec, const Tensor* tensors, int64_t count, const double* max_norms,
+                   int32_t clip_groups, const Pool& pool) {
+  check(spec, tensors, count, clip_groups);
+  const std::vector<double> clip = clip_factors(spec, tensors, count, max_norms, clip_groups, pool);
+
+  // Small tensors go to one thread each, several to a task; large ones are spread over all threads by their tiles.
+  struct Batch {
+    int64_t begin, end;
+  };
+  std::vector<int64_t> small, large;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t n = elements(tensors[i]);
+    if (n > 0) (n < kLargeTensor ? small : large).push_back(i);
+  }
+  std::vector<Batch> batches;
+  for (int64_t i = 0, work = 0; i < int64_t(small.size()); ++i) {
+    if (work == 0) batches.push_back({i, i});
+    batches.back().end = i + 1;
+    work += elements(tensors[small[size_t(i)]]) + 256;  // the constant: what a tensor costs besides its elements
+    if (work >= kTileElements) work = 0;
+  }
+  struct Work {
+    const Spec* spec;
+    const Tensor* tensors;
+    const std::vector<int64_t>* small;
+    const std::vector<Batch>* batches;
+    const std::vector<double>* clip;
+    Pool serial;
+
+    void step(int64_t i, const Pool& pool, Arena& arena) const {
+      const Tensor& tensor = tensors[i];
+      step_one(*spec, tensor, tensor.clip_group < 0 ? 1.0 : (*clip)[size_t(tensor.clip_group)], pool, arena);
+    }
+  } work = {&spec, tensors, &small, &batches, &clip, serial_pool()};
+  if (!batches.empty())
+    pool.run(
+        pool.context, int64_t(batches.size()),
+        [](void* w, int64_t b) {
+          const Work& work = *static_cast<Work*>(w);
+          const Batch& batch = (*work.batches)[size_t(b)];
+          Arena arena;
+          for (int64_t i = batch.begin; i < batch.end; ++i) work.step((*work.small)[size_t(i)], work.serial, arena);
+        },
+        &work);
+  Arena arena;
+  for (int64_t i : large) work.step(i, pool, arena);
+}
+
+}  // namespace lopt

@@ -1,0 +1,94 @@
+// Public interface of the core: raw pointers, no framework. Bindings only unwrap arguments and call these.
+#pragma once
+
+#include <cstdint>
+
+namespace lopt {
+
+// Type of parameters, gradients, state and meta-parameters. Arithmetic is in the same type.
+enum class Dtype : int32_t { float32 = 0, float64 = 1 };
+
+// Mirrors lopt_fast.spec.Spec for the default feature set (39 columns, decays 3 / 1 / 3).
+struct Spec {
+  int32_t hidden_size;    // 2 to 256
+  int32_t hidden_layers;  // 1 or 2
+  double step_mult;
+  double exp_mult;
+  bool parameter_rms;  // multiply the step by sqrt(mean p^2 + scale_epsilon)
+  double scale_epsilon;
+  bool lagged;  // statistics of the step before (but for the first step), columns clipped
+};
+
+// Mirrors lopt_fast.layout.Loops: the tensor in memory order as [batch0, x, batch1, y, batch2].
+struct Loops {
+  int64_t batch0, x, batch1, y, batch2;
+  bool x_is_row;
+  bool factored;
+};
+
+// Numbers that change from step to step.
+struct StepScalars {
+  double lr;
+  double weight_decay;
+  double grad_scale;  // multiplies the gradient first
+  int64_t t;          // steps taken before this one
+};
+
+// A parameter, gradient or output. `strides` has one entry (in elements) for each axis of Tensor::sizes; null where
+// the elements lie contiguous in loop order.
+struct View {
+  void* data;
+  const int64_t* strides;
+};
+
+// One tensor of a step. State is contiguous in loop order, the decays outermost:
+//   momentum (3, n), second_moment (1, n),
+//   row (3, n / d0 size) and column (3, n / d1 size); where not factored, row is (3, n) and column is unused,
+//   mean_squares (28): lagged statistics alone, else null.
+struct Tensor {
+  Dtype dtype;
+  Loops loops;
+  int32_t ndim;          // axes in memory order, outermost first; needed where a View has strides
+  const int64_t* sizes;  // (ndim)
+  View param;
+  View grad;
+  View output;   // may be the parameter itself
+  bool apply;    // output = p - lr * (step + weight_decay * p); else output = -lr * (step + weight_decay * p)
+  void* momentum;
+  void* second_moment;
+  void* row;
+  void* column;
+  void* mean_squares;
+  const void* theta;  // flat meta-parameters, order of lopt_fast.reference.flatten_theta, of type `dtype`
+  const StepScalars* scalars;
+  int32_t clip_group;  // index into max_norms; -1: not clipped
+};
+
+// Runs fn(context, i) for every i in [0, tasks), in any order, on any threads, and returns when all are done.
+struct Pool {
+  void* context;
+  int32_t (*threads)(void* context);
+  void (*run)(void* context, int64_t tasks, void (*fn)(void* argument, int64_t i), void* argument);
+};
+
+Pool serial_pool();           // the calling thread alone
+Pool own_pool(int threads);   // std::thread workers, started at first use; threads <= 0: all processors
+// libgomp that the process has already loaded (PyTorch's); falls back to own_pool where there is none.
+Pool openmp_pool(int threads);
+
+// One step over all tensors: bitwise the same for any pool. `max_norms` (clip_groups): gradients of the tensors of
+// group i are scaled by min(1, max_norms[i] / (norm + 1e-6)), norm over all of them together, after grad_scale.
+// Throws std::invalid_argument before anything is written if a value is out of range.
+void small_fc_step(const Spec& spec, const Tensor* tensors, int64_t count, const double* max_norms,
+                   int32_t clip_groups, const Pool& pool);
+
+// Number of meta-parameters that `theta` holds for this specification.
+int64_t theta_size(const Spec& spec);
+
+// "x86-64-v4", "x86-64-v3", "x86-64-v2" or "portable": what is in use, and a way to force one (tests, bench).
+// Throws std::invalid_argument for a name that this processor or this build does not have.
+const char* instruction_set();
+void set_instruction_set(const char* name);
+const char* const* available_instruction_sets();  // null-terminated, best first
+
+}  // namespace lopt

@@ -1,0 +1,881 @@
+// small_fc_lopt on processors with SIMD units: the three passes of README.md, one tile of one tensor at a time.
+//
+// Compiled once for each instruction set with LOPT_ISA naming it. All functions but the table are internal to this
+// file, and nothing of the standard library is instantiated: the linker must never find two versions of a function.
+#include "kernels/small_fc_lopt/kernel.h"
+
+#include "kernels/common/simd.h"
+
+namespace lopt {
+namespace {
+
+// How the factors and biases of an element are found.
+enum class Mode {
+  row_scalar,  // x factors are constant along a row, y factors are read beside the elements
+  expanded,    // products and sums of both were written out for a segment: short rows, or a batch axis inside
+  unfactored,  // rank < 2: every column is per parameter
+};
+
+template <int I>
+struct Index {
+  static constexpr int value = I;
+};
+
+// Position in the tensor by rows: row o is (batch0, x, batch1).
+struct Row {
+  int64_t o, batch0, x, batch1;
+};
+
+LOPT_INLINE Row row_at(const Loops& l, int64_t o) {
+  return {o, o / (l.x * l.batch1), (o / l.batch1) % l.x, o % l.batch1};
+}
+LOPT_INLINE void advance(const Loops& l, Row& row) {
+  ++row.o;
+  if (++row.batch1 < l.batch1) return;
+  row.batch1 = 0;
+  if (++row.x < l.x) return;
+  row.x = 0;
+  ++row.batch0;
+}
+template <typename T>
+LOPT_INLINE int64_t x_offset(const TensorStep<T>& c, const Row& row) {
+  return row.o * c.tensor.loops.batch2;
+}
+template <typename T>
+LOPT_INLINE int64_t y_offset(const TensorStep<T>& c, const Row& row) {
+  return (row.batch0 * c.tensor.loops.batch1 + row.batch1) * c.tiling.run;
+}
+
+struct Tile {
+  int64_t row_tile, run_tile, row_begin, row_end, run_begin, run_end;
+};
+LOPT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <typename T>
+LOPT_INLINE Tile tile_at(const TensorStep<T>& c, int64_t index) {
+  const Tiling& t = c.tiling;
+  Tile tile;
+  tile.row_tile = index / t.run_tiles;
+  tile.run_tile = index % t.run_tiles;
+  tile.row_begin = tile.row_tile * t.rows_per_tile;
+  tile.row_end = smaller(tile.row_begin + t.rows_per_tile, t.rows);
+  tile.run_begin = tile.run_tile * t.run_per_tile;
+  tile.run_end = smaller(tile.run_begin + t.run_per_tile, t.run);
+  return tile;
+}
+
+// Calls f(first row, run offset, length, rows) for pieces of a tile that are contiguous in loop order: a part of one
+// row of at most `longest` elements, or several whole rows where one is shorter than that and `join` is set.
+template <typename T, typename F>
+LOPT_INLINE void for_each_segment(const TensorStep<T>& c, const Tile& tile, int64_t longest, bool join, F f) {
+  const int64_t run = c.tiling.run;
+  Row row = row_at(c.tensor.loops, tile.row_begin);
+  if (join && run <= longest) {
+    const int64_t group = longest / run;
+    while (row.o < tile.row_end) {
+      const int64_t rows = smaller(group, tile.row_end - row.o);
+      f(row, int64_t(0), rows * run, rows);
+      for (int64_t i = 0; i < rows; ++i) advance(c.tensor.loops, row);
+    }
+    return;
+  }
+  for (; row.o < tile.row_end; advance(c.tensor.loops, row))
+    for (int64_t e = tile.run_begin; e < tile.run_end; e += longest)
+      f(row, e, smaller(longest, tile.run_end - e), int64_t(1));
+}
+
+// ---- tensors whose elements do not lie in loop order ----
+
+// Calls f(i, offset) for elements start .. start + n of the tensor in loop order, offset as `strides` give it.
+template <typename F>
+LOPT_INLINE void for_each_offset(const Tensor& tensor, const int64_t* strides, int64_t start, int64_t n, F f) {
+  int64_t index[64];
+  int64_t offset = 0;
+  const int last = tensor.ndim - 1;
+  for (int axis = last; axis >= 0; --axis) {
+    index[axis] = start % tensor.sizes[axis];
+    start /= tensor.sizes[axis];
+    offset += index[axis] * strides[axis];
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    f(i, offset);
+    for (int axis = last; axis >= 0; --axis) {
+      offset += strides[axis];
+      if (++index[axis] < tensor.sizes[axis]) break;
+      offset -= index[axis] * strides[axis];
+      index[axis] = 0;
+    }
+  }
+}
+
+template <typename T>
+LOPT_INLINE const T* gather(const Tensor& tensor, const View& view, int64_t start, int64_t n, T* buffer) {
+  const T* data = static_cast<const T*>(view.data);
+  if (!view.strides) return data + start;
+  for_each_offset(tensor, view.strides, start, n, [&](int64_t i, int64_t offset) { buffer[i] = data[offset]; });
+  return buffer;
+}
+
+template <typename T>
+LOPT_INLINE bool contiguous(const TensorStep<T>& c) {
+  return !c.tensor.param.strides && !c.tensor.grad.strides && !c.tensor.output.strides;
+}
+
+// ---- pass 1 ----
+
+template <typename T>
+void clear_factor_sums(const TensorStep<T>& c, const Tile& tile) {
+  const Loops& l = c.tensor.loops;
+  const int64_t b2 = l.batch2, x0 = tile.run_tile * c.x_size;
+  __builtin_memset(c.x_sums + x0 + tile.row_begin * b2, 0, size_t(tile.row_end - tile.row_begin) * b2 * sizeof(T));
+  const int64_t first = row_at(l, tile.row_begin).batch0, last = row_at(l, tile.row_end - 1).batch0;
+  for (int64_t b = first; b <= last; ++b)
+    for (int64_t b1 = 0; b1 < l.batch1; ++b1)
+      __builtin_memset(c.y_sums + ((b + tile.row_tile) * l.batch1 + b1) * c.tiling.run + tile.run_begin, 0,
+                       size_t(tile.run_end - tile.run_begin) * sizeof(T));
+}
+
+// Adds g^2 of elements e .. e + n of a row to both sums.
+template <typename T>
+LOPT_INLINE void add_squares(const TensorStep<T>& c, const Tile& tile, const Row& row, int64_t e, const T* g,
+                             int64_t n) {
+  using V = Vec<T>;
+  constexpr int W = kLanes<T>;
+  const Loops& l = c.tensor.loops;
+  const V scale = splat(c.grad_scale);
+  T* y = c.y_sums + ((row.batch0 + tile.row_tile) * l.batch1 + row.batch1) * c.tiling.run + e;
+  T* x = c.x_sums + tile.run_tile * c.x_size + row.o * l.batch2;
+  V total = {};
+  int64_t i = 0;
+  for (; i + W <= n; i += W) {
+    const V a = load(g + i) * scale, square = a * a;
+    store(y + i, load(y + i) + square);
+    total += square;
+  }
+  if (i < n) {
+    const V a = load_n(g + i, n - i) * scale, square = a * a;
+    store_n(y + i, load_n(y + i, n - i) + square, n - i);
+    total += square;
+  }
+  if (l.batch2 == 1) {
+    *x += sum<T>(total);
+    return;
+  }
+  int64_t phase = e % l.batch2;
+  for (i = 0; i < n; ++i) {
+    const T a = g[i] * c.grad_scale;
+    x[phase] += a * a;
+    if (++phase == l.batch2) phase = 0;
+  }
+}
+
+template <typename T>
+void factor_statistics(const TensorStep<T>& c, int64_t index) {
+  const Tile tile = tile_at(c, index);
+  clear_factor_sums(c, tile);
+  T buffer[kSegment];
+  const int64_t longest = c.tensor.grad.strides ? kSegment : c.tiling.run;
+  for_each_segment(c, tile, longest, false, [&](const Row& row, int64_t e, int64_t n, int64_t) {
+    add_squares(c, tile, row, e, gather(c.tensor, c.tensor.grad, row.o * c.tiling.run + e, n, buffer), n);
+  });
+}
+
+template <typename T>
+double square_sum(const TensorStep<T>& c, int64_t index) {
+  using V = Vec<T>;
+  constexpr int W = kLanes<T>;
+  const Tile tile = tile_at(c, index);
+  T buffer[kSegment];
+  double total = 0;
+  for_each_segment(c, tile, kSegment, true, [&](const Row& row, int64_t e, int64_t n, int64_t) {
+    const T* g = gather(c.tensor, c.tensor.grad, row.o * c.tiling.run + e, n, buffer);
+    const V scale = splat(c.grad_scale);
+    V part = {};
+    int64_t i = 0;
+    for (; i + W <= n; i += W) {
+      const V a = load(g + i) * scale;
+      part += a * a;
+    }
+    if (i < n) {
+      const V a = load_n(g + i, n - i) * scale;
+      part += a * a;
+    }
+    total += double(sum<T>(part));
+  });
+  return total;
+}
+
+// ---- between passes 1 and 2: accumulators and factors ----
+
+template <typename T>
+void move_accumulator(const TensorStep<T>& c, T* accumulator, int64_t size, const T* sums, T count) {
+  for (int k = 0; k < kFactored; ++k) {
+    T* a = accumulator + k * size;
+    const T d = c.d_factored[k];
+    for (int64_t i = 0; i < size; ++i) a[i] += d * (sums[i] / count + T(kSquareEpsilon) - a[i]);
+  }
+}
+
+template <typename T>
+void update_factors(const TensorStep<T>& c) {
+  const Loops& l = c.tensor.loops;
+  const Tiling& t = c.tiling;
+  for (int64_t tile = 1; tile < t.run_tiles; ++tile)
+    for (int64_t i = 0; i < c.x_size; ++i) c.x_sums[i] += c.x_sums[tile * c.x_size + i];
+  move_accumulator(c, c.x_accumulator, c.x_size, c.x_sums, T(l.y));
+
+  const int64_t width = l.batch1 * t.run;
+  __builtin_memset(c.scratch, 0, size_t(c.y_size) * sizeof(T));
+  for (int64_t tile = 0; tile < t.row_tiles; ++tile) {
+    const int64_t begin = tile * t.rows_per_tile, end = smaller(begin + t.rows_per_tile, t.rows);
+    for (int64_t b = row_at(l, begin).batch0; b <= row_at(l, end - 1).batch0; ++b) {
+      T* to = c.scratch + b * width;
+      const T* from = c.y_sums + (b + tile) * width;
+      for (int64_t i = 0; i < width; ++i) to[i] += from[i];
+    }
+  }
+  move_accumulator(c, c.y_accumulator, c.y_size, c.scratch, T(l.x));
+}
+
+template <typename T>
+double mean_square(const T* a, int64_t n) {
+  using V = Vec<T>;
+  constexpr int W = kLanes<T>;
+  double total = 0;
+  for (int64_t begin = 0; begin < n; begin += 4096) {
+    const int64_t end = smaller(begin + 4096, n);
+    V part = {};
+    int64_t i = begin;
+    for (; i + W <= end; i += W) part += load(a + i) * load(a + i);
+    if (i < end) {
+      const V x = load_n(a + i, end - i);
+      part += x * x;
+    }
+    total += double(sum<T>(part));
+  }
+  return total / double(n);
+}
+
+template <typename T>
+void inverse_roots(const T* a, int64_t n, T epsilon, T* out) {
+  constexpr int W = kLanes<T>;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(out + i, rsqrt<T>(load(a + i) + epsilon));
+  if (i < n) store_n(out + i, rsqrt<T>(load_n(a + i, n - i) + epsilon), n - i);
+}
+
+template <typename T>
+LOPT_INLINE T factor_of(T x) {
+  const T floored = x < T(kFactorFloor) ? T(kFactorFloor) : x;  // keeps NaN
+  return T(1) / std::sqrt(floored);
+}
+
+// R: row / (mean of row over its axis + ...), the accumulator seen as [outer, axis, inner].
+template <typename T>
+void row_factor(const T* a, int64_t outer, int64_t axis, int64_t inner, T* factor) {
+  for (int64_t b = 0; b < outer; ++b)
+    for (int64_t e = 0; e < inner; ++e) {
+      const T* in = a + b * axis * inner + e;
+      T* out = factor + b * axis * inner + e;
+      double total = 0;
+      for (int64_t i = 0; i < axis; ++i) total += double(in[i * inner]);
+      const T mean = T(total / double(axis)) + T(kRowMeanEpsilon);
+      for (int64_t i = 0; i < axis; ++i) out[i * inner] = factor_of(in[i * inner] / mean);
+    }
+}
+
+// What the columns of one accumulator (raw and inverse root, normalised) add to the hidden units, from `bias` on.
+template <typename T>
+void add_bias(const TensorStep<T>& c, const T* accumulator, int64_t size, int raw_column, int root_column, T* bias,
+              int64_t stride) {
+  using V = Vec<T>;
+  constexpr int W = kLanes<T>;
+  const int hidden = c.hidden_size;
+  for (int k = 0; k < kFactored; ++k) {
+    const T* a = accumulator + k * size;
+    T* roots = c.scratch;
+    inverse_roots(a, size, T(kFactorEpsilon), roots);
+    const T raw_scale = T(1.0 / std::sqrt(mean_square(a, size) + kNormaliserEpsilon));
+    const T root_scale = T(1.0 / std::sqrt(mean_square(roots, size) + kNormaliserEpsilon));
+    for (int j = 0; j < hidden; ++j) {
+      const V raw = splat(T(raw_scale * c.theta[(raw_column + k) * hidden + j]));
+      const V root = splat(T(root_scale * c.theta[(root_column + k) * hidden + j]));
+      T* b = bias + j * stride;
+      int64_t i = 0;
+      for (; i + W <= size; i += W) store(b + i, load(b + i) + (raw * load(a + i) + root * load(roots + i)));
+      if (i < size)
+        store_n(b + i, load_n(b + i, size - i) + (raw * load_n(a + i, size - i) + root * load_n(roots + i, size - i)),
+                size - i);
+    }
+  }
+}
+
+template <typename T>
+void fold_factors(const TensorStep<T>& c) {
+  const Loops& l = c.tensor.loops;
+  for (int k = 0; k < kFactored; ++k) {
+    const T *x = c.x_accumulator + k * c.x_size, *y = c.y_accumulator + k * c.y_size;
+    T *x_factor = c.x_factor + k * c.x_stride, *y_factor = c.y_factor + k * c.y_stride;
+    if (l.x_is_row) {
+      row_factor(x, l.batch0, l.x, l.batch1 * l.batch2, x_factor);
+      for (int64_t i = 0; i < c.y_size; ++i) y_factor[i] = factor_of(y[i]);
+    } else {
+      row_factor(y, l.batch0 * l.batch1, l.y, l.batch2, y_factor);
+      for (int64_t i = 0; i < c.x_size; ++i) x_factor[i] = factor_of(x[i]);
+    }
+  }
+  for (int j = 0; j < c.hidden_size; ++j) {
+    for (int64_t i = 0; i < c.x_size; ++i) c.x_bias[j * c.x_stride + i] = c.b0[j];
+    __builtin_memset(c.y_bias + j * c.y_stride, 0, size_t(c.y_size) * sizeof(T));
+  }
+  add_bias(c, c.x_accumulator, c.x_size, l.x_is_row ? kRow : kCol, l.x_is_row ? kRsqrtRow : kRsqrtCol, c.x_bias,
+           c.x_stride);
+  add_bias(c, c.y_accumulator, c.y_size, l.x_is_row ? kCol : kRow, l.x_is_row ? kRsqrtCol : kRsqrtRow, c.y_bias,
+           c.y_stride);
+}
+
+// ---- features ----
+
+// One segment: pointers to its first element.
+template <typename T>
+struct Segment {
+  const T *g, *p;
+  T* out;
+  T* m[kMomenta];
+  T* v;
+  T* d[kFactored];         // diagonal accumulators (unfactored)
+  const T* y[kFactored];   // row_scalar: y factors; expanded: products of both factors
+  T x[kFactored];          // row_scalar: x factors
+};
+
+template <typename T>
+LOPT_INLINE Segment<T> segment_at(const TensorStep<T>& c, int64_t start) {
+  Segment<T> s = {};
+  for (int k = 0; k < kMomenta; ++k) s.m[k] = c.momentum + k * c.n + start;
+  s.v = c.second_moment + start;
+  if (c.diagonal)
+    for (int k = 0; k < kFactored; ++k) s.d[k] = c.diagonal + k * c.n + start;
+  return s;
+}
+
+// Products of the factors, and sums of the biases, of both axes for elements e .. e + n (or `rows` whole rows).
+template <typename T>
+void expand(const TensorStep<T>& c, Row row, int64_t e, int64_t n, int64_t rows, T* products, T* biases,
+            int64_t stride) {
+  using V = Vec<T>;
+  constexpr int W = kLanes<T>;
+  const Loops& l = c.tensor.loops;
+  const int hidden = biases ? c.hidden_size : 0;
+  int64_t at = 0;
+  for (int64_t r = 0; r < rows; ++r, advance(l, row)) {
+    const int64_t length = rows > 1 ? c.tiling.run : n;
+    const int64_t x0 = x_offset(c, row), y0 = y_offset(c, row);
+    for (int64_t i = 0; i < length;) {
+      // A unit: along it the x index is constant (batch2 == 1) or moves with the element.
+      const int64_t phase = (e + i) % l.batch2;
+      const int64_t unit = l.batch2 == 1 ? length - i : smaller(l.batch2 - phase, length - i);
+      for (int64_t u = 0; u < unit; u += W) {  // writes whole vectors: what follows is written later
+        const int64_t y = y0 + e + i + u, x = x0 + phase + (l.batch2 == 1 ? 0 : u), to = at + i + u;
+        for (int k = 0; k < kFactored; ++k) {
+          const T* xf = c.x_factor + k * c.x_stride + x;
+          const V factor = l.batch2 == 1 ? splat(*xf) : load(xf);
+          store<T>(products + k * stride + to, factor * load(c.y_factor + k * c.y_stride + y));
+        }
+        for (int j = 0; j < hidden; ++j) {
+          const T* xb = c.x_bias + j * c.x_stride + x;
+          const V bias = l.batch2 == 1 ? splat(*xb) : load(xb);
+          store<T>(biases + j * stride + to, bias + load(c.y_bias + j * c.y_stride + y));
+        }
+      }
+      i += unit;
+    }
+    at += length;
+  }
+}
+
+// Rates of the accumulators as vectors.
+template <typename T>
+struct Rates {
+  Vec<T> grad_scale, momentum[kMomenta], second_moment, factored[kFactored];
+  explicit LOPT_INLINE Rates(const TensorStep<T>& c)
+      : grad_scale(splat(c.grad_scale)), second_moment(splat(c.d_second_moment)) {
+    for (int k = 0; k < kMomenta; ++k) momentum[k] = splat(c.d_momentum[k]);
+    for (int k = 0; k < kFactored; ++k) factored[k] = splat(c.d_factored[k]);
+  }
+};
+
+// Reads N vectors of elements from i on (the first `lanes` of one vector where Tail), moves the accumulators on,
+// writes them back where Write, and calls emit(Index<feature>, vectors) for each feature. `p` receives the parameters.
+template <typename T, Mode M, int N, bool Tail, bool Write, typename Emit>
+LOPT_INLINE void features(const Rates<T>& rate, const Segment<T>& s, int64_t i, int64_t lanes, Vec<T>* p, Emit emit) {
+  using V = Vec<T>;
+  constexpr int W = kLanes<T>;
+  const auto in = [&](const T* from, int n) __attribute__((always_inline)) {
+    return Tail ? load_n(from + i, lanes) : load(from + i + n * W);
+  };
+  const auto out = [&](T* to, int n, V x) __attribute__((always_inline)) {
+    if (Tail)
+      store_n<T>(to + i, x, lanes);
+    else
+      store<T>(to + i + n * W, x);
+  };
+  V g[N], m[kMomenta][N], v[N], r[N], f[N];
+  for (int n = 0; n < N; ++n) {
+    g[n] = in(s.g, n) * rate.grad_scale;
+    p[n] = in(s.p, n);
+    v[n] = in(s.v, n);
+    v[n] += rate.second_moment * (g[n] * g[n] - v[n]);
+    for (int k = 0; k < kMomenta; ++k) {
+      m[k][n] = in(s.m[k], n);
+      m[k][n] += rate.momentum[k] * (g[n] - m[k][n]);
+    }
+    if (Write) {
+      out(s.v, n, v[n]);
+      for (int k = 0; k < kMomenta; ++k) out(s.m[k], n, m[k][n]);
+    }
+    r[n] = rsqrt<T>(v[n] + T(kRmsEpsilon));
+  }
+  emit(Index<fG>{}, g);
+  emit(Index<fP>{}, p);
+  emit(Index<fM>{}, m[0]);
+  emit(Index<fM + 1>{}, m[1]);
+  emit(Index<fM + 2>{}, m[2]);
+  emit(Index<fV>{}, v);
+  emit(Index<fRsqrtV>{}, r);
+  const auto momentum_ratio = [&](auto k) __attribute__((always_inline)) {
+    for (int n = 0; n < N; ++n) f[n] = m[k.value][n] * r[n];
+    emit(Index<fMRsqrtV + k.value>{}, f);
+  };
+  momentum_ratio(Index<0>{});
+  momentum_ratio(Index<1>{});
+  momentum_ratio(Index<2>{});
+  const auto factored = [&](auto k) __attribute__((always_inline)) {
+    V scale_g[N], scale_m[N];
+    if constexpr (M == Mode::unfactored) {
+      V d[N], root[N];
+      for (int n = 0; n < N; ++n) {
+        d[n] = in(s.d[k.value], n);
+        d[n] += rate.factored[k.value] * (g[n] * g[n] + T(kSquareEpsilon) - d[n]);
+        if (Write) out(s.d[k.value], n, d[n]);
+        scale_g[n] = rsqrt<T>(at_least<T>(splat(T(kFactorFloor)), d[n] + T(kDiagonalEpsilon)));
+        scale_m[n] = rsqrt<T>(d[n] + T(kRmsEpsilon));
+        root[n] = rsqrt<T>(d[n] + T(kFactorEpsilon));
+      }
+      emit(Index<fDiagonal + k.value>{}, d);
+      emit(Index<fRsqrtDiagonal + k.value>{}, root);
+    } else {
+      for (int n = 0; n < N; ++n) {
+        scale_g[n] = in(s.y[k.value], n);
+        if (M == Mode::row_scalar) scale_g[n] *= s.x[k.value];
+        scale_m[n] = scale_g[n];
+      }
+    }
+    for (int n = 0; n < N; ++n) f[n] = g[n] * scale_g[n];
+    emit(Index<fFacG + k.value>{}, f);
+    for (int n = 0; n < N; ++n) f[n] = m[k.value][n] * scale_m[n];
+    emit(Index<fFacM + k.value>{}, f);
+  };
+  factored(Index<0>{});
+  factored(Index<1>{});
+  factored(Index<2>{});
+}
+
+// Sums of squares in vectors of T, moved to double before they grow long.
+template <typename T>
+struct SquareSums {
+  Vec<T> part[kFeatures] = {};
+  double total[kFeatures] = {};
+  int64_t count = 0;
+
+  template <bool Tail, int N, typename K>
+  LOPT_INLINE void add(K feature, const Vec<T>* x, int64_t lanes) {
+    // Only inverse roots of accumulators differ from zero where the input is zero, as it is behind a tail.
+    constexpr bool masked = Tail && (K::value == fRsqrtV || K::value >= fRsqrtDiagonal);
+    for (int n = 0; n < N; ++n) {
+      const Vec<T> y = masked ? first_lanes<T>(x[n], lanes) : x[n];
+      part[feature.value] += y * y;
+    }
+  }
+  LOPT_INLINE void flush(int64_t elements, int features) {
+    count += elements;
+    if (count < 8192 && elements) return;
+    for (int f = 0; f < features; ++f) {
+      total[f] += double(sum<T>(part[f]));
+      part[f] = Vec<T>{};
+    }
+    count = 0;
+  }
+};
+
+template <typename T>
+LOPT_INLINE void keep_sums(const TensorStep<T>& c, int64_t tile, SquareSums<T>& sums) {
+  sums.flush(0, c.features());
+  for (int f = 0; f < c.features(); ++f) c.sums[tile * kFeatures + f] = sums.total[f];
+}
+
+// Segments of a tile with everything that the features need, for passes 2 and 3. f(segment, n, row, biases, start).
+template <typename T, Mode M, typename F>
+LOPT_INLINE void for_each_feature_segment(const TensorStep<T>& c, const Tile& tile, int64_t longest, T* products,
+                                          T* biases, int64_t stride, F f) {
+  for_each_segment(c, tile, longest, M == Mode::expanded,
+                   [&](const Row& row, int64_t e, int64_t n, int64_t rows) __attribute__((always_inline)) {
+                     const int64_t start = row.o * c.tiling.run + e;
+                     Segment<T> s = segment_at(c, start);
+                     if (M == Mode::expanded) {
+                       expand(c, row, e, n, rows, products, biases, stride);
+                       for (int k = 0; k < kFactored; ++k) s.y[k] = products + k * stride;
+                     } else if (M == Mode::row_scalar) {
+                       for (int k = 0; k < kFactored; ++k) {
+                         s.y[k] = c.y_factor + k * c.y_stride + y_offset(c, row) + e;
+                         s.x[k] = c.x_factor[k * c.x_stride + row.o];
+                       }
+                     }
+                     f(s, row, e, n, rows, start);
+                   });
+}
+
+template <typename T>
+LOPT_INLINE bool rows_are_long(const TensorStep<T>& c) {
+  return c.tensor.loops.batch2 == 1 && c.tiling.run >= 48;
+}
+
+// ---- pass 2 ----
+
+template <typename T, Mode M>
+void feature_statistics_in(const TensorStep<T>& c, int64_t index) {
+  using V = Vec<T>;
+  constexpr int W = kLanes<T>;
+  const Tile tile = tile_at(c, index);
+  const Rates<T> rate(c);
+  SquareSums<T> sums;
+  T g_buffer[kSegment], p_buffer[kSegment];
+  T products[M == Mode::expanded ? kFactored * (kSegment + kPadding) : 1];
+  const bool direct = contiguous(c);
+  const int64_t longest = M == Mode::expanded || !direct ? kSegment : 8192;
+  for_each_feature_segment<T, M>(
+      c, tile, longest, products, static_cast<T*>(nullptr), kSegment + kPadding,
+      [&](Segment<T>& s, const Row&, int64_t, int64_t n, int64_t, int64_t start) __attribute__((always_inline)) {
+        s.g = gather(c.tensor, c.tensor.grad, start, n, g_buffer);
+        s.p = gather(c.tensor, c.tensor.param, start, n, p_buffer);
+        int64_t i = 0;
+        V p[1];
+        for (; i + W <= n; i += W)
+          features<T, M, 1, false, false>(rate, s, i, W, p, [&](auto f, const V* x) __attribute__((always_inline)) {
+            sums.template add<false, 1>(f, x, W);
+          });
+        if (i < n)
+          features<T, M, 1, true, false>(rate, s, i, n - i, p, [&](auto f, const V* x) __attribute__((always_inline)) {
+            sums.template add<true, 1>(f, x, n - i);
+          });
+        sums.flush(n, c.features());
+      });
+  keep_sums(c, index, sums);
+}
+
+template <typename T>
+void feature_statistics(const TensorStep<T>& c, int64_t tile) {
+  if (!c.tensor.loops.factored) return feature_statistics_in<T, Mode::unfactored>(c, tile);
+  if (rows_are_long(c)) return feature_statistics_in<T, Mode::row_scalar>(c, tile);
+  return feature_statistics_in<T, Mode::expanded>(c, tile);
+}
+
+// ---- pass 3, narrow networks: all units of all layers in registers ----
+
+template <typename T, int H>
+struct Biases {
+  const T* y[H];  // beside the elements; null where unfactored
+  T x[H];         // constant along the row (row_scalar, unfactored)
+};
+
+template <typename T, int H, int Layers, Mode M, bool Lagged, int N, bool Tail>
+LOPT_INLINE void apply_block(const TensorStep<T>& c, const Rates<T>& rate, const Segment<T>& s,
+                             const Biases<T, H>& bias, int64_t i, int64_t lanes, SquareSums<T>& sums) {
+  using V = Vec<T>;
+  constexpr int W = kLanes<T>;
+  const T *w0 = c.w0, *w1 = c.w1, *b1 = c.b1, *w_out = c.w_out, *limit = c.limit;
+  // Hide where the weights lie, so that they stay broadcast loads: hoisted, they would be spilled as whole vectors.
+  __asm__("" : "+r"(w0), "+r"(w1), "+r"(b1), "+r"(w_out), "+r"(limit));
+  V a[H][N];
+  for (int j = 0; j < H; ++j)
+    for (int n = 0; n < N; ++n) {
+      if (M == Mode::unfactored)
+        a[j][n] = splat(bias.x[j]);
+      else
+        a[j][n] = Tail ? load_n(bias.y[j] + i, lanes) : load(bias.y[j] + i + n * W);
+      if (M == Mode::row_scalar) a[j][n] += bias.x[j];
+    }
+  V p[N];
+  features<T, M, N, Tail, true>(rate, s, i, lanes, p, [&](auto f, const V* x) __attribute__((always_inline)) {
+    V clipped[N];
+    for (int n = 0; n < N; ++n) clipped[n] = x[n];
+    if constexpr (Lagged) {
+      sums.template add<Tail, N>(f, x, lanes);
+      const V bound = splat(limit[f.value]);
+      for (int n = 0; n < N; ++n) clipped[n] = at_most<T>(bound, at_least<T>(-bound, x[n]));
+    }
+    for (int j = 0; j < H; ++j) {
+      const V w = splat(w0[f.value * H + j]);
+      for (int n = 0; n < N; ++n) a[j][n] += w * clipped[n];
+    }
+  });
+  for (int j = 0; j < H; ++j)
+    for (int n = 0; n < N; ++n) a[j][n] = relu<T>(a[j][n]);
+  if constexpr (Layers == 2) {
+    V h[H][N];
+    for (int j = 0; j < H; ++j) {
+      for (int n = 0; n < N; ++n) h[j][n] = splat(b1[j]);
+      for (int k = 0; k < H; ++k) {
+        const V w = splat(w1[k * H + j]);
+        for (int n = 0; n < N; ++n) h[j][n] += w * a[k][n];
+      }
+    }
+    for (int j = 0; j < H; ++j)
+      for (int n = 0; n < N; ++n) a[j][n] = relu<T>(h[j][n]);
+  }
+  V direction[N], magnitude[N];
+  for (int n = 0; n < N; ++n) direction[n] = splat(c.b_out[0]), magnitude[n] = splat(c.b_out[1]);
+  for (int k = 0; k < H; ++k) {
+    const V wd = splat(w_out[2 * k]), wm = splat(w_out[2 * k + 1]);
+    for (int n = 0; n < N; ++n) direction[n] += wd * a[k][n], magnitude[n] += wm * a[k][n];
+  }
+  for (int n = 0; n < N; ++n) {
+    const V result = c.param_scale * p[n] - direction[n] * exp2(magnitude[n]);
+    if (Tail)
+      store_n<T>(s.out + i, result, lanes);
+    else
+      store<T>(s.out + i + n * W, result);
+  }
+}
+
+// Sums of pass 1 for the next step, where pass 3 is the only one.
+template <typename T>
+LOPT_INLINE void add_squares_of_rows(const TensorStep<T>& c, const Tile& tile, Row row, int64_t e, const T* g,
+                                     int64_t n, int64_t rows) {
+  if (!c.tensor.loops.factored) return;
+  if (rows == 1) return add_squares(c, tile, row, e, g, n);
+  for (int64_t r = 0; r < rows; ++r, advance(c.tensor.loops, row))
+    add_squares(c, tile, row, int64_t(0), g + r * c.tiling.run, c.tiling.run);
+}
+
+template <typename T>
+LOPT_INLINE void scatter(const TensorStep<T>& c, int64_t start, int64_t n, const T* buffer) {
+  T* data = static_cast<T*>(c.tensor.output.data);
+  for_each_offset(c.tensor, c.tensor.output.strides, start, n,
+                  [&](int64_t i, int64_t offset) { data[offset] = buffer[i]; });
+}
+
+template <typename T, int H, int Layers, Mode M, bool Lagged>
+void apply_narrow(const TensorStep<T>& c, int64_t index) {
+  constexpr int W = kLanes<T>;
+  constexpr int N = H >= 8 ? 1 : 8 / H;  // eight independent chains of products hide their latency
+  const Tile tile = tile_at(c, index);
+  const Rates<T> rate(c);
+  SquareSums<T> sums;
+  T g_buffer[kSegment], p_buffer[kSegment], out_buffer[kSegment];
+  constexpr int64_t stride = kSegment + kPadding;
+  T products[M == Mode::expanded ? kFactored * stride : 1], biases[M == Mode::expanded ? H * stride : 1];
+  const bool direct = contiguous(c);
+  const int64_t longest = M == Mode::expanded || !direct ? kSegment : Lagged ? 2048 : 8192;
+  if (Lagged && c.tensor.loops.factored) clear_factor_sums(c, tile);
+  for_each_feature_segment<T, M>(
+      c, tile, longest, products, biases, stride,
+      [&](Segment<T>& s, const Row& row, int64_t e, int64_t n, int64_t rows, int64_t start)
+          __attribute__((always_inline)) {
+            s.g = gather(c.tensor, c.tensor.grad, start, n, g_buffer);
+            s.p = gather(c.tensor, c.tensor.param, start, n, p_buffer);
+            s.out = c.tensor.output.strides ? out_buffer : static_cast<T*>(c.tensor.output.data) + start;
+            if (Lagged) add_squares_of_rows(c, tile, row, e, s.g, n, rows);
+            Biases<T, H> bias = {};
+            for (int j = 0; j < H; ++j) {
+              if (M == Mode::unfactored) {
+                bias.x[j] = c.b0[j];
+              } else if (M == Mode::expanded) {
+                bias.y[j] = biases + j * stride;
+              } else {
+                bias.y[j] = c.y_bias + j * c.y_stride + y_offset(c, row) + e;
+                bias.x[j] = c.x_bias[j * c.x_stride + row.o];
+              }
+            }
+            int64_t i = 0;
+            for (; i + N * W <= n; i += N * W)
+              apply_block<T, H, Layers, M, Lagged, N, false>(c, rate, s, bias, i, W, sums);
+            for (; N > 1 && i + W <= n; i += W)
+              apply_block<T, H, Layers, M, Lagged, 1, false>(c, rate, s, bias, i, W, sums);
+            if (i < n) apply_block<T, H, Layers, M, Lagged, 1, true>(c, rate, s, bias, i, n - i, sums);
+            if (Lagged) sums.flush(n, c.features());
+            if (c.tensor.output.strides) scatter(c, start, n, out_buffer);
+          });
+  if (Lagged) keep_sums(c, index, sums);
+}
+
+// ---- pass 3, any width: features and units of a short segment in memory that stays in the first-level cache ----
+
+// Rows of the segment's arrays are this far apart.
+constexpr int64_t kWideStride = kWideSegment + kPadding;
+
+// out[j] += sum over k of w[k, j] * in[k] for units j of J at once, over one segment of kWideSegment elements.
+template <typename T, int J>
+LOPT_INLINE void dense_units(int inputs, int units, int j, const T* in, const T* w, T* out) {
+  using V = Vec<T>;
+  constexpr int W = kLanes<T>;
+  constexpr int N = 2;
+  static_assert(kWideSegment % (N * W) == 0, "whole vectors");
+  for (int64_t i = 0; i < kWideSegment; i += N * W) {
+    V a[J][N];
+    for (int q = 0; q < J; ++q)
+      for (int n = 0; n < N; ++n) a[q][n] = load(out + (j + q) * kWideStride + i + n * W);
+    for (int k = 0; k < inputs; ++k) {
+      V x[N];
+      for (int n = 0; n < N; ++n) x[n] = load(in + k * kWideStride + i + n * W);
+      for (int q = 0; q < J; ++q) {
+        const V weight = splat(w[int64_t(k) * units + j + q]);
+        for (int n = 0; n < N; ++n) a[q][n] += weight * x[n];
+      }
+    }
+    for (int q = 0; q < J; ++q)
+      for (int n = 0; n < N; ++n) store<T>(out + (j + q) * kWideStride + i + n * W, a[q][n]);
+  }
+}
+
+template <typename T>
+void dense(int inputs, int units, const T* in, const T* w, T* out) {
+  constexpr int kBlock = kVectorBytes == 64 ? 8 : 4;
+  int j = 0;
+  for (; j + kBlock <= units; j += kBlock) dense_units<T, kBlock>(inputs, units, j, in, w, out);
+  for (; j + 2 <= units; j += 2) dense_units<T, 2>(inputs, units, j, in, w, out);
+  for (; j < units; ++j) dense_units<T, 1>(inputs, units, j, in, w, out);
+}
+
+template <typename T>
+LOPT_INLINE void fill_row(T* row, T value) {
+  for (int64_t i = 0; i < kWideStride; i += kLanes<T>) store<T>(row + i, splat(value));
+}
+template <typename T>
+void relu_all(T* a, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes<T>) store<T>(a + i, relu<T>(load(a + i)));
+}
+
+template <typename T, Mode M, bool Lagged>
+void apply_wide(const TensorStep<T>& c, int64_t index) {
+  using V = Vec<T>;
+  constexpr int W = kLanes<T>;
+  constexpr int64_t S = kWideSegment;
+  const Tile tile = tile_at(c, index);
+  const Rates<T> rate(c);
+  SquareSums<T> sums;
+  const int hidden = c.hidden_size;
+  T g_buffer[S], p_buffer[S], out_buffer[S], p_values[S] = {}, products[kFactored * kWideStride];
+  T inputs[kFeatures * kWideStride] = {}, outputs[2 * kWideStride];
+  // Hidden units of both layers; the first starts from the biases.
+  T* first = static_cast<T*>(__builtin_alloca(size_t(2 * hidden * kWideStride) * sizeof(T)));
+  T* second = first + hidden * kWideStride;
+  __builtin_memset(first, 0, size_t(hidden * kWideStride) * sizeof(T));
+  if (Lagged && c.tensor.loops.factored) clear_factor_sums(c, tile);
+  for_each_segment(c, tile, S, M == Mode::expanded, [&](const Row& row, int64_t e, int64_t n, int64_t rows) {
+    const int64_t start = row.o * c.tiling.run + e;
+    Segment<T> s = segment_at(c, start);
+    if (M == Mode::expanded) {
+      expand(c, row, e, n, rows, products, first, kWideStride);
+      for (int k = 0; k < kFactored; ++k) s.y[k] = products + k * kWideStride;
+    }
+    s.g = gather(c.tensor, c.tensor.grad, start, n, g_buffer);
+    s.p = gather(c.tensor, c.tensor.param, start, n, p_buffer);
+    if (Lagged) add_squares_of_rows(c, tile, row, e, s.g, n, rows);
+    int64_t i = 0;
+    const auto keep = [&](auto f, const V* x, int64_t lanes, auto tail) __attribute__((always_inline)) {
+      V y = x[0];
+      if constexpr (Lagged) {
+        sums.template add<decltype(tail)::value != 0, 1>(f, x, lanes);
+        const V bound = splat(c.limit[f.value]);
+        y = at_most<T>(bound, at_least<T>(-bound, y));
+      }
+      store<T>(inputs + f.value * kWideStride + i, y);
+    };
+    V p[1];
+    for (; i + W <= n; i += W) {
+      features<T, M, 1, false, true>(rate, s, i, W, p, [&](auto f, const V* x) __attribute__((always_inline)) {
+        keep(f, x, W, Index<0>{});
+      });
+      store<T>(p_values + i, p[0]);
+    }
+    if (i < n) {
+      features<T, M, 1, true, true>(rate, s, i, n - i, p, [&](auto f, const V* x) __attribute__((always_inline)) {
+        keep(f, x, n - i, Index<1>{});
+      });
+      store<T>(p_values + i, p[0]);
+    }
+    if (Lagged) sums.flush(n, c.features());
+
+    if (M == Mode::unfactored)
+      for (int j = 0; j < hidden; ++j) fill_row(first + j * kWideStride, c.b0[j]);
+    dense(c.features(), hidden, inputs, c.w0, first);
+    relu_all(first, hidden * kWideStride);
+    const T* last = first;
+    if (c.hidden_layers == 2) {
+      for (int j = 0; j < hidden; ++j) fill_row(second + j * kWideStride, c.b1[j]);
+      dense(hidden, hidden, first, c.w1, second);
+      relu_all(second, hidden * kWideStride);
+      last = second;
+    }
+    for (int o = 0; o < 2; ++o) fill_row(outputs + o * kWideStride, c.b_out[o]);
+    dense(hidden, 2, last, c.w_out, outputs);
+
+    T* out = c.tensor.output.strides ? out_buffer : static_cast<T*>(c.tensor.output.data) + start;
+    for (i = 0; i < n; i += W) {
+      const V result = c.param_scale * load(p_values + i) - load(outputs + i) * exp2(load(outputs + kWideStride + i));
+      if (i + W <= n)
+        store<T>(out + i, result);
+      else
+        store_n<T>(out + i, result, n - i);
+    }
+    if (c.tensor.output.strides) scatter(c, start, n, out_buffer);
+  });
+  if (Lagged) keep_sums(c, index, sums);
+}
+
+template <typename T, int H, int Layers, bool Lagged>
+void apply_narrow_in(const TensorStep<T>& c, int64_t tile) {
+  if (!c.tensor.loops.factored) return apply_narrow<T, H, Layers, Mode::unfactored, Lagged>(c, tile);
+  if (rows_are_long(c)) return apply_narrow<T, H, Layers, Mode::row_scalar, Lagged>(c, tile);
+  return apply_narrow<T, H, Layers, Mode::expanded, Lagged>(c, tile);
+}
+
+template <typename T, bool Lagged>
+void apply_as(const TensorStep<T>& c, int64_t tile) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    switch (10 * c.hidden_size + c.hidden_layers) {
+      case 21: return apply_narrow_in<T, 2, 1, Lagged>(c, tile);
+      case 22: return apply_narrow_in<T, 2, 2, Lagged>(c, tile);
+      case 41: return apply_narrow_in<T, 4, 1, Lagged>(c, tile);
+      case 42: return apply_narrow_in<T, 4, 2, Lagged>(c, tile);
+      case 81: return apply_narrow_in<T, 8, 1, Lagged>(c, tile);
+      case 82: return apply_narrow_in<T, 8, 2, Lagged>(c, tile);
+    }
+  }
+  if (!c.tensor.loops.factored) return apply_wide<T, Mode::unfactored, Lagged>(c, tile);
+  return apply_wide<T, Mode::expanded, Lagged>(c, tile);
+}
+
+template <typename T>
+void apply(const TensorStep<T>& c, int64_t tile) {
+  return c.lagged ? apply_as<T, true>(c, tile) : apply_as<T, false>(c, tile);
+}
+
+}  // namespace
+
+#define LOPT_STRING_(x) #x
+#define LOPT_STRING(x) LOPT_STRING_(x)
+
+namespace LOPT_ISA {
+const Kernels& small_fc() {
+  static constexpr Kernels kernels = {
+      LOPT_STRING(LOPT_ISA),
+      {factor_statistics<float>, update_factors<float>, fold_factors<float>, feature_statistics<float>, apply<float>,
+       square_sum<float>},
+      {factor_statistics<double>, update_factors<double>, fold_factors<double>, feature_statistics<double>,
+       apply<double>, square_sum<double>},
+  };
+  return kernels;
+}
+}  // namespace LOPT_ISA
+}  // namespace lopt
