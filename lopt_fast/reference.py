@@ -9,6 +9,7 @@ Shapes: `p` and `g` have any shape. Decays lie on a leading axis: momentum (n_m,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -240,7 +241,7 @@ def mlp(
                 term, key = x * w[k, j], tuple(x.shape)
                 by_size[key] = by_size[key] + term if key in by_size else term
             total = b[j]
-            for part in sorted(by_size.values(), key=lambda a: a.ndim and a.size):
+            for part in sorted(by_size.values(), key=lambda a: math.prod(a.shape)):
                 total = total + part
             sums.append(_floor(xp, total, 0.0) if i + 1 < layers else total)
         units = sums

@@ -51,7 +51,7 @@ LOPT_INLINE void store(T* p, Vec<T> x) {
 }
 template <typename T>
 LOPT_INLINE Vec<T> splat(T x) {
-  return Vec<T>{} + x;
+  return x - Vec<T>{};  // x - 0 is x for every x, so this is a broadcast; 0 + x would add
 }
 
 // The first n lanes from memory, zeros behind; never touches what lies behind.
@@ -157,6 +157,20 @@ LOPT_INLINE Vec<float> rsqrt<float>(Vec<float> x) {
   const Vec<float> error = 1.0f - (x * y) * y;
   const Vec<float> refined = y + (0.5f * y) * error;
   return x == splat(__builtin_inff()) ? y : refined;  // infinity: y is 0 and the error 0 * infinity
+}
+#endif
+
+// 1 / x for x > 0, 0 for infinity. float: estimate and one Newton step on AVX-512, else the quotient.
+template <typename T>
+LOPT_INLINE Vec<T> reciprocal(Vec<T> x) {
+  return T(1) / x;
+}
+#if defined(__AVX512F__)
+template <>
+LOPT_INLINE Vec<float> reciprocal<float>(Vec<float> x) {
+  const Vec<float> y = (Vec<float>)_mm512_rcp14_ps((__m512)x);
+  const Vec<float> refined = y + y * (1.0f - x * y);
+  return x == splat(__builtin_inff()) ? y : refined;
 }
 #endif
 
