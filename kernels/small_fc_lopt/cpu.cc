@@ -346,6 +346,7 @@ struct Segment {
   T* d[kFactored];         // diagonal accumulators (unfactored)
   const T* y[kFactored];   // row_scalar: y factors; expanded: products of both factors
   T x[kFactored];          // row_scalar: x factors
+  const T* w_factored;     // first-layer weights of the factored features, times the row's factors (pass 3, exact)
 };
 
 template <typename T>
@@ -423,7 +424,10 @@ LOPT_INLINE void prefetch(const Segment<T>& s, int64_t i) {
 
 // Reads N vectors of elements from i on (the first `lanes` of one vector where Tail), moves the accumulators on,
 // writes them back where Write, and calls emit(Index<feature>, vectors) for each feature. `p` receives the parameters.
-template <typename T, Mode M, int N, bool Tail, bool Write, typename Emit>
+//
+// Where Folded, products that cost less on the weights are left to the caller: instead of 1/sqrt(v) and the ratios
+// m/sqrt(v) it gets emit.ratios(m, 1/sqrt(v)), and the factored features lack the factor of their row (row_scalar).
+template <typename T, Mode M, int N, bool Tail, bool Write, bool Folded, typename Emit>
 LOPT_INLINE void features(const Rates<T>& rate, const Segment<T>& s, int64_t i, int64_t lanes, Vec<T>* p, Emit emit) {
   using V = Vec<T>;
   constexpr int W = kLanes<T>;
@@ -459,14 +463,18 @@ LOPT_INLINE void features(const Rates<T>& rate, const Segment<T>& s, int64_t i, 
   emit(Index<fM + 1>{}, m[1]);
   emit(Index<fM + 2>{}, m[2]);
   emit(Index<fV>{}, v);
-  emit(Index<fRsqrtV>{}, r);
-  const auto momentum_ratio = [&](auto k) __attribute__((always_inline)) {
-    for (int n = 0; n < N; ++n) f[n] = m[k.value][n] * r[n];
-    emit(Index<fMRsqrtV + k.value>{}, f);
-  };
-  momentum_ratio(Index<0>{});
-  momentum_ratio(Index<1>{});
-  momentum_ratio(Index<2>{});
+  if constexpr (Folded) {
+    emit.ratios(m, r);
+  } else {
+    emit(Index<fRsqrtV>{}, r);
+    const auto momentum_ratio = [&](auto k) __attribute__((always_inline)) {
+      for (int n = 0; n < N; ++n) f[n] = m[k.value][n] * r[n];
+      emit(Index<fMRsqrtV + k.value>{}, f);
+    };
+    momentum_ratio(Index<0>{});
+    momentum_ratio(Index<1>{});
+    momentum_ratio(Index<2>{});
+  }
   const auto factored = [&](auto k) __attribute__((always_inline)) {
     V scale_g[N], scale_m[N];
     if constexpr (M == Mode::unfactored) {
@@ -484,7 +492,7 @@ LOPT_INLINE void features(const Rates<T>& rate, const Segment<T>& s, int64_t i, 
     } else {
       for (int n = 0; n < N; ++n) {
         scale_g[n] = in(s.y[k.value], n);
-        if (M == Mode::row_scalar) scale_g[n] *= s.x[k.value];
+        if (M == Mode::row_scalar && !Folded) scale_g[n] *= s.x[k.value];
         scale_m[n] = scale_g[n];
       }
     }
@@ -610,7 +618,7 @@ void feature_statistics_in(const TensorStep<T>& c, int64_t index) {
           V p[1];
           for (; i < n; i += W) {
             const int64_t lanes = smaller(W, n - i);
-            features<T, M, 1, true, false>(rate, s, i, lanes, p, [&](auto f, const V* x)
+            features<T, M, 1, true, false, false>(rate, s, i, lanes, p, [&](auto f, const V* x)
                                                                      __attribute__((always_inline)) {
               sums.template add<true, 1>(f, x, lanes);
             });
@@ -645,14 +653,45 @@ struct Biases {
   T x[H];         // constant along the row (row_scalar, unfactored)
 };
 
+// a[j] += w[j] * x
+template <typename T, int H, int N>
+LOPT_INLINE void add_products(const T* w, const Vec<T>* x, Vec<T> (*a)[N]) {
+  for (int j = 0; j < H; ++j) {
+    const Vec<T> weight = splat(w[j]);
+    for (int n = 0; n < N; ++n) a[j][n] += weight * x[n];
+  }
+}
+
+// The first layer where features need no clipping and no sums: takes them as `features` with Folded gives them.
+template <typename T, int H, int N>
+struct ExactLayer {
+  using V = Vec<T>;
+  const T *w0, *w_factored;
+  V (*a)[N];
+
+  template <int F>
+  LOPT_INLINE void operator()(Index<F>, const V* x) const {
+    constexpr bool factored = F >= fFacG && F < kFactoredFeatures;
+    add_products<T, H, N>(factored ? w_factored + (F - fFacG) * H : w0 + F * H, x, a);
+  }
+  // r * (w_r + sum over k of w_k m_k): saves the products m_k * r.
+  LOPT_INLINE void ratios(const V (*m)[N], const V* r) const {
+    for (int j = 0; j < H; ++j) {
+      const V w_r = splat(w0[fRsqrtV * H + j]), w_0 = splat(w0[fMRsqrtV * H + j]),
+              w_1 = splat(w0[(fMRsqrtV + 1) * H + j]), w_2 = splat(w0[(fMRsqrtV + 2) * H + j]);
+      for (int n = 0; n < N; ++n) a[j][n] += r[n] * (w_r + w_0 * m[0][n] + w_1 * m[1][n] + w_2 * m[2][n]);
+    }
+  }
+};
+
 template <typename T, int H, int Layers, Mode M, bool Lagged, int N, bool Tail>
 LOPT_INLINE void apply_block(const TensorStep<T>& c, const Rates<T>& rate, const Segment<T>& s,
                              const Biases<T, H>& bias, int64_t i, int64_t lanes, SquareSums<T>& sums) {
   using V = Vec<T>;
   constexpr int W = kLanes<T>;
-  const T *w0 = c.w0, *w1 = c.w1, *b1 = c.b1, *w_out = c.w_out, *limit = c.limit;
+  const T *w0 = c.w0, *w_factored = s.w_factored, *w1 = c.w1, *b1 = c.b1, *w_out = c.w_out, *limit = c.limit;
   // Hide where the weights lie, so that they stay broadcast loads: hoisted, they would be spilled as whole vectors.
-  __asm__("" : "+r"(w0), "+r"(w1), "+r"(b1), "+r"(w_out), "+r"(limit));
+  __asm__("" : "+r"(w0), "+r"(w_factored), "+r"(w1), "+r"(b1), "+r"(w_out), "+r"(limit));
   V a[H][N];
   for (int j = 0; j < H; ++j)
     for (int n = 0; n < N; ++n) {
@@ -663,19 +702,17 @@ LOPT_INLINE void apply_block(const TensorStep<T>& c, const Rates<T>& rate, const
       if (M == Mode::row_scalar) a[j][n] += bias.x[j];
     }
   V p[N];
-  features<T, M, N, Tail, true>(rate, s, i, lanes, p, [&](auto f, const V* x) __attribute__((always_inline)) {
-    V clipped[N];
-    for (int n = 0; n < N; ++n) clipped[n] = x[n];
-    if constexpr (Lagged) {
+  if constexpr (Lagged) {
+    features<T, M, N, Tail, true, false>(rate, s, i, lanes, p, [&](auto f, const V* x) __attribute__((always_inline)) {
       sums.template add<Tail, N>(f, x, lanes);
       const V bound = splat(limit[f.value]);
+      V clipped[N];
       for (int n = 0; n < N; ++n) clipped[n] = at_most<T>(bound, at_least<T>(-bound, x[n]));
-    }
-    for (int j = 0; j < H; ++j) {
-      const V w = splat(w0[f.value * H + j]);
-      for (int n = 0; n < N; ++n) a[j][n] += w * clipped[n];
-    }
-  });
+      add_products<T, H, N>(w0 + f.value * H, clipped, a);
+    });
+  } else {
+    features<T, M, N, Tail, true, true>(rate, s, i, lanes, p, ExactLayer<T, H, N>{w0, w_factored, a});
+  }
   for (int j = 0; j < H; ++j)
     for (int n = 0; n < N; ++n) a[j][n] = relu<T>(a[j][n]);
   if constexpr (Layers == 2) {
@@ -725,7 +762,8 @@ LOPT_INLINE void scatter(const TensorStep<T>& c, int64_t start, int64_t n, const
 template <typename T, int H, int Layers, Mode M, bool Lagged>
 void apply_narrow(const TensorStep<T>& c, int64_t index) {
   constexpr int W = kLanes<T>;
-  constexpr int N = H >= 8 ? 1 : 8 / H;  // eight independent chains of products hide their latency
+  // Eight independent chains of products hide their latency; vectors (biases) are not worth the code.
+  constexpr int N = H >= 8 || M == Mode::unfactored ? 1 : 8 / H;
   const Tile tile = tile_at(c, index);
   const Rates<T> rate(c);
   SquareSums<T> sums;
@@ -743,6 +781,13 @@ void apply_narrow(const TensorStep<T>& c, int64_t index) {
             s.p = gather(c.tensor, c.tensor.param, start, n, p_buffer);
             s.out = c.tensor.output.strides ? out_buffer : static_cast<T*>(c.tensor.output.data) + start;
             if (Lagged) add_squares_of_rows(c, tile, row, e, s.g, n, rows);
+            T w_factored[2 * kFactored * H];
+            s.w_factored = c.w0 + fFacG * H;
+            if (M == Mode::row_scalar && !Lagged) {
+              for (int f = 0; f < 2 * kFactored; ++f)
+                for (int j = 0; j < H; ++j) w_factored[f * H + j] = s.w_factored[f * H + j] * s.x[f % kFactored];
+              s.w_factored = w_factored;
+            }
             Biases<T, H> bias = {};
             for (int j = 0; j < H; ++j) {
               if (M == Mode::unfactored) {
@@ -767,20 +812,20 @@ void apply_narrow(const TensorStep<T>& c, int64_t index) {
 
 // ---- pass 3, any width: features and units of a short segment in memory that stays in the first-level cache ----
 
-// Rows of the segment's arrays are this far apart.
-constexpr int64_t kWideStride = kWideSegment + kPadding;
+// Rows of the segment's arrays are this far apart: a whole vector may be written past the end of one.
+constexpr int64_t kWideStride = kWideSegment + 16;
 
-// out[j] += sum over k of w[k, j] * in[k] for units j of J at once, over one segment of kWideSegment elements.
-template <typename T, int J>
-LOPT_INLINE void dense_units(int inputs, int units, int j, const T* in, const T* w, T* out) {
+// out[j] = init(j) + sum over k of w[k, j] * in[k], then ReLU, for units j .. j + J at once, over one segment.
+template <typename T, int J, bool Relu, typename Init>
+LOPT_INLINE void dense_units(int inputs, int units, int j, const T* in, const T* w, T* out, Init init) {
   using V = Vec<T>;
   constexpr int W = kLanes<T>;
-  constexpr int N = 2;
+  constexpr int N = kVectorBytes == 64 ? 4 : 2;
   static_assert(kWideSegment % (N * W) == 0, "whole vectors");
   for (int64_t i = 0; i < kWideSegment; i += N * W) {
     V a[J][N];
     for (int q = 0; q < J; ++q)
-      for (int n = 0; n < N; ++n) a[q][n] = load(out + (j + q) * kWideStride + i + n * W);
+      for (int n = 0; n < N; ++n) a[q][n] = init(j + q, i + n * W);
     for (int k = 0; k < inputs; ++k) {
       V x[N];
       for (int n = 0; n < N; ++n) x[n] = load(in + k * kWideStride + i + n * W);
@@ -790,26 +835,17 @@ LOPT_INLINE void dense_units(int inputs, int units, int j, const T* in, const T*
       }
     }
     for (int q = 0; q < J; ++q)
-      for (int n = 0; n < N; ++n) store<T>(out + (j + q) * kWideStride + i + n * W, a[q][n]);
+      for (int n = 0; n < N; ++n)
+        store<T>(out + (j + q) * kWideStride + i + n * W, Relu ? relu<T>(a[q][n]) : a[q][n]);
   }
 }
 
-template <typename T>
-void dense(int inputs, int units, const T* in, const T* w, T* out) {
-  constexpr int kBlock = kVectorBytes == 64 ? 8 : 4;
+template <typename T, bool Relu, typename Init>
+LOPT_INLINE void dense(int inputs, int units, const T* in, const T* w, T* out, Init init) {
   int j = 0;
-  for (; j + kBlock <= units; j += kBlock) dense_units<T, kBlock>(inputs, units, j, in, w, out);
-  for (; j + 2 <= units; j += 2) dense_units<T, 2>(inputs, units, j, in, w, out);
-  for (; j < units; ++j) dense_units<T, 1>(inputs, units, j, in, w, out);
-}
-
-template <typename T>
-LOPT_INLINE void fill_row(T* row, T value) {
-  for (int64_t i = 0; i < kWideStride; i += kLanes<T>) store<T>(row + i, splat(value));
-}
-template <typename T>
-void relu_all(T* a, int64_t n) {
-  for (int64_t i = 0; i < n; i += kLanes<T>) store<T>(a + i, relu<T>(load(a + i)));
+  for (; j + 4 <= units; j += 4) dense_units<T, 4, Relu>(inputs, units, j, in, w, out, init);
+  for (; j + 2 <= units; j += 2) dense_units<T, 2, Relu>(inputs, units, j, in, w, out, init);
+  for (; j < units; ++j) dense_units<T, 1, Relu>(inputs, units, j, in, w, out, init);
 }
 
 template <typename T, Mode M, bool Lagged>
@@ -823,17 +859,22 @@ void apply_wide(const TensorStep<T>& c, int64_t index) {
   const int hidden = c.hidden_size;
   T g_buffer[S], p_buffer[S], out_buffer[S], p_values[S] = {}, products[kFactored * kWideStride];
   T inputs[kFeatures * kWideStride] = {}, outputs[2 * kWideStride];
-  // Hidden units of both layers; the first starts from the biases.
-  T* first = static_cast<T*>(__builtin_alloca(size_t(2 * hidden * kWideStride) * sizeof(T)));
-  T* second = first + hidden * kWideStride;
-  __builtin_memset(first, 0, size_t(hidden * kWideStride) * sizeof(T));
+  // Hidden units of both layers, and the biases of the factored columns for them.
+  T* units = static_cast<T*>(__builtin_alloca(size_t(3 * hidden * kWideStride) * sizeof(T)));
+  T *first = units, *second = units + hidden * kWideStride, *biases = units + 2 * hidden * kWideStride;
+  __builtin_memset(biases, 0, size_t(hidden * kWideStride) * sizeof(T));
   if (Lagged && c.tensor.loops.factored) clear_factor_sums(c, tile);
   for_each_segment(c, tile, S, M == Mode::expanded, [&](const Row& row, int64_t e, int64_t n, int64_t rows) {
     const int64_t start = row.o * c.tiling.run + e;
     Segment<T> s = segment_at(c, start);
     if (M == Mode::expanded) {
-      expand(c, row, e, n, rows, products, first, kWideStride);
+      expand(c, row, e, n, rows, products, biases, kWideStride);
       for (int k = 0; k < kFactored; ++k) s.y[k] = products + k * kWideStride;
+    } else if (M == Mode::row_scalar) {
+      for (int k = 0; k < kFactored; ++k) {
+        s.y[k] = c.y_factor + k * c.y_stride + y_offset(c, row) + e;
+        s.x[k] = c.x_factor[k * c.x_stride + row.o];
+      }
     }
     s.g = gather(c.tensor, c.tensor.grad, start, n, g_buffer);
     s.p = gather(c.tensor, c.tensor.param, start, n, p_buffer);
@@ -850,32 +891,32 @@ void apply_wide(const TensorStep<T>& c, int64_t index) {
     };
     V p[1];
     for (; i + W <= n; i += W) {
-      features<T, M, 1, false, true>(rate, s, i, W, p, [&](auto f, const V* x) __attribute__((always_inline)) {
+      features<T, M, 1, false, true, false>(rate, s, i, W, p, [&](auto f, const V* x) __attribute__((always_inline)) {
         keep(f, x, W, Index<0>{});
       });
       store<T>(p_values + i, p[0]);
     }
     if (i < n) {
-      features<T, M, 1, true, true>(rate, s, i, n - i, p, [&](auto f, const V* x) __attribute__((always_inline)) {
+      features<T, M, 1, true, true, false>(rate, s, i, n - i, p, [&](auto f, const V* x) __attribute__((always_inline)) {
         keep(f, x, n - i, Index<1>{});
       });
       store<T>(p_values + i, p[0]);
     }
     if (Lagged) sums.flush(n, c.features());
 
-    if (M == Mode::unfactored)
-      for (int j = 0; j < hidden; ++j) fill_row(first + j * kWideStride, c.b0[j]);
-    dense(c.features(), hidden, inputs, c.w0, first);
-    relu_all(first, hidden * kWideStride);
+    dense<T, true>(c.features(), hidden, inputs, c.w0, first, [&](int j, int64_t at) __attribute__((always_inline)) {
+      if (M == Mode::expanded) return load(biases + j * kWideStride + at);
+      if (M == Mode::unfactored) return splat(c.b0[j]);
+      return load(c.y_bias + j * c.y_stride + y_offset(c, row) + e + at) + c.x_bias[j * c.x_stride + row.o];
+    });
     const T* last = first;
     if (c.hidden_layers == 2) {
-      for (int j = 0; j < hidden; ++j) fill_row(second + j * kWideStride, c.b1[j]);
-      dense(hidden, hidden, first, c.w1, second);
-      relu_all(second, hidden * kWideStride);
+      dense<T, true>(hidden, hidden, first, c.w1, second,
+                     [&](int j, int64_t) __attribute__((always_inline)) { return splat(c.b1[j]); });
       last = second;
     }
-    for (int o = 0; o < 2; ++o) fill_row(outputs + o * kWideStride, c.b_out[o]);
-    dense(hidden, 2, last, c.w_out, outputs);
+    dense<T, false>(hidden, 2, last, c.w_out, outputs,
+                    [&](int o, int64_t) __attribute__((always_inline)) { return splat(c.b_out[o]); });
 
     T* out = c.tensor.output.strides ? out_buffer : static_cast<T*>(c.tensor.output.data) + start;
     for (i = 0; i < n; i += W) {
@@ -910,6 +951,7 @@ void apply_as(const TensorStep<T>& c, int64_t tile) {
     }
   }
   if (!c.tensor.loops.factored) return apply_wide<T, Mode::unfactored, Lagged>(c, tile);
+  if (rows_are_long(c)) return apply_wide<T, Mode::row_scalar, Lagged>(c, tile);
   return apply_wide<T, Mode::expanded, Lagged>(c, tile);
 }
 

@@ -20,8 +20,8 @@ struct Tiling {
 // Longest piece of a row that is gathered, expanded or staged at once (elements).
 constexpr int64_t kSegment = 256;
 constexpr int64_t kWideSegment = 64;
-// Scratch arrays are padded by this many elements: whole vectors may be read and written past their end.
-constexpr int64_t kPadding = 16;
+// Scratch arrays are padded by this many elements: a whole segment may be read, a whole vector written past their end.
+constexpr int64_t kPadding = 64;
 
 template <typename T>
 struct TensorStep {
