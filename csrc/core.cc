@@ -1,10 +1,12 @@
 // The driver of a step: checks, tiling, scratch memory, folding of the network, and the order of the passes.
 #include "csrc/core.h"
 
+#include <chrono>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
+#include <mutex>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -63,10 +65,10 @@ const KernelTable<double>& table<double>() {
 
 // ---- tiling ----
 
-constexpr int64_t kTileElements = 16384;     // least work of a task
-constexpr int64_t kLargeTensor = 65536;      // from here on the tiles of one tensor go to several threads
-constexpr int64_t kMostRowTiles = 64;        // bounds the scratch for sums along x
-constexpr int64_t kLongestRun = 65536;       // a longer row is cut
+constexpr int64_t kTileElements = 16384;  // least work of a task
+constexpr int64_t kLargeTensor = 65536;   // from here on the tiles of one tensor go to several threads
+constexpr int64_t kMostRowTiles = 64;     // bounds the scratch for sums along x
+constexpr int64_t kLongestRun = 65536;    // a longer row is cut
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -218,7 +220,8 @@ void fold_time(TensorStep<T>& c, const Spec& spec) {
   for (int x = 0; x < kTimeColumns; ++x) time[x] = std::tanh(t / kTimescales[x] - 1.0);
   for (int64_t j = 0; j < h; ++j) {
     double bias = double(c.theta[at.b0 + j]);
-    for (int x = 0; x < kTimeColumns; ++x) bias += time[x] * double(c.theta[at.w0 + (kNormalised + x) * h + j]);
+    for (int x = 0; x < kTimeColumns; ++x)
+      bias += time[x] * double(c.theta[at.w0 + (kNormalised + x) * h + j]);
     c.b0[j] = T(bias);
   }
 }
@@ -268,10 +271,37 @@ void fold_network(TensorStep<T>& c, const Spec& spec, const double* squares) {
   if (spec.parameter_rms) step *= std::sqrt(squares[fP] + spec.scale_epsilon);
   const double multiplier[2] = {step, spec.exp_mult * kLog2E};
   for (int o = 0; o < 2; ++o) {
-    for (int64_t j = 0; j < h; ++j) c.w_out[2 * j + o] = T(multiplier[o] * double(c.theta[at.w_out + 2 * j + o]));
+    for (int64_t j = 0; j < h; ++j)
+      c.w_out[2 * j + o] = T(multiplier[o] * double(c.theta[at.w_out + 2 * j + o]));
     c.b_out[o] = T(multiplier[o] * double(c.theta[at.b_out + o]));
   }
 }
+
+// Adds the time from its construction on to one of the times of the passes, if there are any.
+struct Clock {
+  PassTimes* times;
+  double share;  // 1 / threads where each thread works on tensors of its own
+  std::mutex* mutex;
+};
+class Timed {
+ public:
+  Timed(const Clock& clock, double PassTimes::* pass) : clock_(clock), pass_(pass) {
+    if (clock_.times) begin_ = std::chrono::steady_clock::now();
+  }
+  ~Timed() {
+    if (!clock_.times) return;
+    const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - begin_;
+    const std::lock_guard<std::mutex> lock(*clock_.mutex);
+    clock_.times->*pass_ += clock_.share * taken.count();
+  }
+  Timed(const Timed&) = delete;
+  Timed& operator=(const Timed&) = delete;
+
+ private:
+  const Clock& clock_;
+  double PassTimes::* pass_;
+  std::chrono::steady_clock::time_point begin_;
+};
 
 // Runs `pass` over all tiles.
 template <typename T>
@@ -292,7 +322,8 @@ void run_tiles(const Pool& pool, const TensorStep<T>& c, void (*pass)(const Tens
 }
 
 template <typename T>
-void step_tensor(const Spec& spec, const Tensor& tensor, double clip, const Pool& pool, Arena& arena) {
+void step_tensor(const Spec& spec, const Tensor& tensor, double clip, const Pool& pool, Arena& arena,
+                 const Clock& clock) {
   const KernelTable<T>& k = table<T>();
   TensorStep<T> c = describe<T>(spec, tensor, clip);
   take_scratch(c, arena);
@@ -300,6 +331,7 @@ void step_tensor(const Spec& spec, const Tensor& tensor, double clip, const Pool
   const bool factored = tensor.loops.factored;
   double squares[kFeatures];
   if (c.lagged) {
+    const Timed timed(clock, &PassTimes::apply);
     if (factored) k.fold_factors(c);
     read_mean_squares(c, squares);
     fold_network(c, spec, squares);
@@ -310,28 +342,30 @@ void step_tensor(const Spec& spec, const Tensor& tensor, double clip, const Pool
     return;
   }
   if (factored) {
+    const Timed timed(clock, &PassTimes::factor_statistics);
     run_tiles(pool, c, k.factor_statistics);
     k.update_factors(c);
     k.fold_factors(c);
   }
-  run_tiles(pool, c, k.feature_statistics);
-  mean_squares(c, squares);
-  fold_network(c, spec, squares);
-  if (spec.lagged) {
-    // First step: exact statistics, but clipped as in every step of this mode; its sums serve the next one.
-    c.lagged = true;
-    run_tiles(pool, c, k.apply);
-    write_mean_squares(c, squares);
-    return;
+  {
+    const Timed timed(clock, &PassTimes::feature_statistics);
+    run_tiles(pool, c, k.feature_statistics);
+    mean_squares(c, squares);
+    fold_network(c, spec, squares);
   }
+  const Timed timed(clock, &PassTimes::apply);
+  c.lagged =
+      spec.lagged;  // the first step of lagged statistics clips like all others; its own sums serve the next
   run_tiles(pool, c, k.apply);
+  if (spec.lagged) write_mean_squares(c, squares);
 }
 
-void step_one(const Spec& spec, const Tensor& tensor, double clip, const Pool& pool, Arena& arena) {
+void step_one(const Spec& spec, const Tensor& tensor, double clip, const Pool& pool, Arena& arena,
+              const Clock& clock) {
   if (tensor.dtype == Dtype::float32)
-    step_tensor<float>(spec, tensor, clip, pool, arena);
+    step_tensor<float>(spec, tensor, clip, pool, arena, clock);
   else
-    step_tensor<double>(spec, tensor, clip, pool, arena);
+    step_tensor<double>(spec, tensor, clip, pool, arena, clock);
 }
 
 // ---- clipping by the global norm ----
@@ -346,8 +380,8 @@ double tile_square_sum(const Spec& spec, const Tensor& tensor, int64_t tile) {
 }
 
 // One factor per group: min(1, max_norm / (norm + 1e-6)).
-std::vector<double> clip_factors(const Spec& spec, const Tensor* tensors, int64_t count, const double* max_norms,
-                                 int32_t groups, const Pool& pool) {
+std::vector<double> clip_factors(const Spec& spec, const Tensor* tensors, int64_t count,
+                                 const double* max_norms, int32_t groups, const Pool& pool) {
   struct Piece {
     int64_t tensor, tile;
     double sum;
@@ -401,7 +435,8 @@ void check(const Spec& spec, const Tensor* tensors, int64_t count, int32_t clip_
     if (l.batch0 < 0 || l.x < 0 || l.batch1 < 0 || l.y < 0 || l.batch2 < 0) refuse(i, "negative size");
     if (!l.factored && (l.batch0 != 1 || l.x != 1 || l.batch1 != 1 || l.batch2 != 1))
       refuse(i, "not factored, but more than one axis");
-    if (t.dtype != Dtype::float32 && t.dtype != Dtype::float64) refuse(i, "dtype is neither float32 nor float64");
+    if (t.dtype != Dtype::float32 && t.dtype != Dtype::float64)
+      refuse(i, "dtype is neither float32 nor float64");
     if (t.clip_group >= clip_groups) refuse(i, "clip group out of range");
     if (!t.scalars || !t.theta) refuse(i, "no scalars or no meta-parameters");
     if (elements(t) == 0) continue;
@@ -442,15 +477,17 @@ void set_instruction_set(const char* name) {
     }
     known += (known.empty() ? "" : ", ") + kernel_names()[i];
   }
-  throw std::invalid_argument("instruction set '" + std::string(name) + "' is not available; available: " + known);
+  throw std::invalid_argument("instruction set '" + std::string(name) +
+                              "' is not available; available: " + known);
 }
 
 void small_fc_step(const Spec& spec, const Tensor* tensors, int64_t count, const double* max_norms,
-                   int32_t clip_groups, const Pool& pool) {
+                   int32_t clip_groups, const Pool& pool, PassTimes* times) {
   check(spec, tensors, count, clip_groups);
   const std::vector<double> clip = clip_factors(spec, tensors, count, max_norms, clip_groups, pool);
 
-  // Small tensors go to one thread each, several to a task; large ones are spread over all threads by their tiles.
+  // Small tensors go to one thread each, several to a task; large ones are spread over all threads by their
+  // tiles.
   struct Batch {
     int64_t begin, end;
   };
@@ -463,7 +500,8 @@ void small_fc_step(const Spec& spec, const Tensor* tensors, int64_t count, const
   for (int64_t i = 0, work = 0; i < int64_t(small.size()); ++i) {
     if (work == 0) batches.push_back({i, i});
     batches.back().end = i + 1;
-    work += elements(tensors[small[size_t(i)]]) + 256;  // the constant: what a tensor costs besides its elements
+    work +=
+        elements(tensors[small[size_t(i)]]) + 256;  // the constant: what a tensor costs besides its elements
     if (work >= kTileElements) work = 0;
   }
   struct Work {
@@ -473,12 +511,18 @@ void small_fc_step(const Spec& spec, const Tensor* tensors, int64_t count, const
     const std::vector<Batch>* batches;
     const std::vector<double>* clip;
     Pool serial;
+    Clock clock;
 
-    void step(int64_t i, const Pool& pool, Arena& arena) const {
+    void step(int64_t i, const Pool& pool, Arena& arena, const Clock& clock) const {
       const Tensor& tensor = tensors[i];
-      step_one(*spec, tensor, tensor.clip_group < 0 ? 1.0 : (*clip)[size_t(tensor.clip_group)], pool, arena);
+      step_one(*spec, tensor, tensor.clip_group < 0 ? 1.0 : (*clip)[size_t(tensor.clip_group)], pool, arena,
+               clock);
     }
-  } work = {&spec, tensors, &small, &batches, &clip, serial_pool()};
+  };
+  std::mutex mutex;
+  const Clock shared = {times, 1.0 / double(pool.threads(pool.context)), &mutex},
+              whole = {times, 1.0, &mutex};
+  Work work = {&spec, tensors, &small, &batches, &clip, serial_pool(), shared};
   if (!batches.empty())
     pool.run(
         pool.context, int64_t(batches.size()),
@@ -486,11 +530,12 @@ void small_fc_step(const Spec& spec, const Tensor* tensors, int64_t count, const
           const Work& work = *static_cast<Work*>(w);
           const Batch& batch = (*work.batches)[size_t(b)];
           Arena arena;
-          for (int64_t i = batch.begin; i < batch.end; ++i) work.step((*work.small)[size_t(i)], work.serial, arena);
+          for (int64_t i = batch.begin; i < batch.end; ++i)
+            work.step((*work.small)[size_t(i)], work.serial, arena, work.clock);
         },
         &work);
   Arena arena;
-  for (int64_t i : large) work.step(i, pool, arena);
+  for (int64_t i : large) work.step(i, pool, arena, whole);
 }
 
 }  // namespace lopt

@@ -34,8 +34,8 @@ struct StepScalars {
   int64_t t;          // steps taken before this one
 };
 
-// A parameter, gradient or output. `strides` has one entry (in elements) for each axis of Tensor::sizes; null where
-// the elements lie contiguous in loop order.
+// A parameter, gradient or output. `strides` has one entry (in elements) for each axis of Tensor::sizes; null
+// where the elements lie contiguous in loop order.
 struct View {
   void* data;
   const int64_t* strides;
@@ -52,8 +52,8 @@ struct Tensor {
   const int64_t* sizes;  // (ndim)
   View param;
   View grad;
-  View output;   // may be the parameter itself
-  bool apply;    // output = p - lr * (step + weight_decay * p); else output = -lr * (step + weight_decay * p)
+  View output;  // may be the parameter itself
+  bool apply;   // output = p - lr * (step + weight_decay * p); else output = -lr * (step + weight_decay * p)
   void* momentum;
   void* second_moment;
   void* row;
@@ -71,16 +71,23 @@ struct Pool {
   void (*run)(void* context, int64_t tasks, void (*fn)(void* argument, int64_t i), void* argument);
 };
 
-Pool serial_pool();           // the calling thread alone
-Pool own_pool(int threads);   // std::thread workers, started at first use; threads <= 0: all processors
+Pool serial_pool();          // the calling thread alone
+Pool own_pool(int threads);  // std::thread workers, started at first use; threads <= 0: all processors
 // libgomp that the process has already loaded (PyTorch's); falls back to own_pool where there is none.
 Pool openmp_pool(int threads);
 
-// One step over all tensors: bitwise the same for any pool. `max_norms` (clip_groups): gradients of the tensors of
-// group i are scaled by min(1, max_norms[i] / (norm + 1e-6)), norm over all of them together, after grad_scale.
-// Throws std::invalid_argument before anything is written if a value is out of range.
+// Seconds that a step spent in each pass: wall time where a pass runs on all threads, else the sum over the
+// threads divided by their number.
+struct PassTimes {
+  double factor_statistics, feature_statistics, apply;
+};
+
+// One step over all tensors: bitwise the same for any pool. `max_norms` (clip_groups): gradients of the
+// tensors of group i are scaled by min(1, max_norms[i] / (norm + 1e-6)), norm over all of them together,
+// after grad_scale. `times`: where the times of the passes are added; null: not taken. Throws
+// std::invalid_argument before anything is written if a value is out of range.
 void small_fc_step(const Spec& spec, const Tensor* tensors, int64_t count, const double* max_norms,
-                   int32_t clip_groups, const Pool& pool);
+                   int32_t clip_groups, const Pool& pool, PassTimes* times = nullptr);
 
 // Number of meta-parameters that `theta` holds for this specification.
 int64_t theta_size(const Spec& spec);

@@ -85,7 +85,9 @@ def init_state(spec: Spec, p: Array) -> TensorState:
         momentum=zeros(spec.uses_momentum, n_m, *shape),
         second_moment=zeros(spec.uses_second_moment, n_r, *shape),
         factored_row=zeros(spec.uses_factored, n_f, *(row_shape(shape) if factored else shape)),
-        factored_column=zeros(spec.uses_factored and factored, n_f, *(column_shape(shape) if factored else ())),
+        factored_column=zeros(
+            spec.uses_factored and factored, n_f, *(column_shape(shape) if factored else ())
+        ),
         mean_squares=zeros(spec.statistics == "lagged", len(spec.normalised_columns)),
     )
 
@@ -162,8 +164,9 @@ def columns(spec: Spec, p: Array, g: Array, state: TensorState, factors: TensorS
         else:
             d1, d0 = dims
             # Keep the missing axes as axes of size 1: row and column columns stay small until they are summed.
-            row, column = xp.expand_dims(factors.factored_row, axis=d0 + 1), xp.expand_dims(
-                factors.factored_column, axis=d1 + 1
+            row, column = (
+                xp.expand_dims(factors.factored_row, axis=d0 + 1),
+                xp.expand_dims(factors.factored_column, axis=d1 + 1),
             )
             row_mean = xp.mean(row, axis=d1 + 1, keepdims=True)
             row_factor = _rsqrt(xp, _floor(xp, row / (row_mean + ROW_MEAN_EPSILON), FACTOR_FLOOR))
@@ -236,7 +239,9 @@ def mlp(
         w, b = theta[f"w{i}"], theta[f"b{i}"]
         sums = []
         for j in range(w.shape[1]):
-            by_size: dict[tuple[int, ...], Array] = {}  # sum equal shapes first: row and column sums stay small
+            by_size: dict[
+                tuple[int, ...], Array
+            ] = {}  # sum equal shapes first: row and column sums stay small
             for k, x in enumerate(units):
                 term, key = x * w[k, j], tuple(x.shape)
                 by_size[key] = by_size[key] + term if key in by_size else term
@@ -300,5 +305,7 @@ def update(
     new = new._replace(mean_squares=mean_squares)
     if squeeze:
         delta = xp.reshape(delta, ())
-        new = TensorState(*(xp.reshape(a, (a.shape[0],)) if i < 3 and a.size else a for i, a in enumerate(new)))
+        new = TensorState(
+            *(xp.reshape(a, (a.shape[0],)) if i < 3 and a.size else a for i, a in enumerate(new))
+        )
     return delta, new

@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
+from itertools import pairwise
 from typing import Any, Literal
 
 Kind = Literal["element", "row", "column", "time"]
@@ -87,9 +89,13 @@ class Spec:
             object.__setattr__(self, name, decays)
             if not decays or not all(math.isfinite(b) and b < 1.0 for b in decays):
                 raise SpecError(f"{name}={decays}: give at least one decay, each below 1")
-        if isinstance(self.hidden_size, bool) or not isinstance(self.hidden_size, int) or not 2 <= self.hidden_size <= 256:
+        if (
+            isinstance(self.hidden_size, bool)
+            or not isinstance(self.hidden_size, int)
+            or not 2 <= self.hidden_size <= 256
+        ):
             raise SpecError(f"hidden_size={self.hidden_size!r}: must be an integer from 2 to 256")
-        if self.hidden_layers not in (1, 2):
+        if type(self.hidden_layers) is not int or self.hidden_layers not in (1, 2):
             raise SpecError(f"hidden_layers={self.hidden_layers!r}: must be 1 or 2")
         if self.feature_set not in FEATURE_SETS:
             raise SpecError(f"feature_set={self.feature_set!r}: must be one of {', '.join(FEATURE_SETS)}")
@@ -108,7 +114,9 @@ class Spec:
         if "m_rsqrt_rms" in self.groups and n_r not in (1, n_m):
             raise SpecError(f"{n_r} rms_decays for {n_m} momentum_decays: give one, or one for each momentum")
         if "fac_m" in self.groups and n_f != n_m:
-            raise SpecError(f"{n_f} adafactor_decays for {n_m} momentum_decays: the columns m*R*C need equally many")
+            raise SpecError(
+                f"{n_f} adafactor_decays for {n_m} momentum_decays: the columns m*R*C need equally many"
+            )
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -138,7 +146,7 @@ class Spec:
 
     @property
     def uses_factored(self) -> bool:
-        return any(g.startswith("fac") or g.startswith("rsqrt_fac") for g in self.groups)
+        return any(g.startswith(("fac", "rsqrt_fac")) for g in self.groups)
 
     @property
     def input_size(self) -> int:
@@ -148,7 +156,7 @@ class Spec:
     def layer_sizes(self) -> tuple[tuple[int, int], ...]:
         """(inputs, outputs) of each layer; the last one gives [direction, magnitude]."""
         sizes = [self.input_size, *[self.hidden_size] * self.hidden_layers, 2]
-        return tuple(zip(sizes[:-1], sizes[1:], strict=True))
+        return tuple(pairwise(sizes))
 
     @property
     def theta_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -172,10 +180,14 @@ class Spec:
         expected = self.theta_shapes
         missing, extra = sorted(expected.keys() - theta.keys()), sorted(theta.keys() - expected.keys())
         if missing or extra:
-            raise SpecError(f"meta-parameters do not fit the specification: missing {missing}, unknown {extra}")
+            raise SpecError(
+                f"meta-parameters do not fit the specification: missing {missing}, unknown {extra}"
+            )
         for name, shape in expected.items():
             if tuple(theta[name].shape) != shape:
-                raise SpecError(f"meta-parameter {name!r} has shape {tuple(theta[name].shape)}, expected {shape}")
+                raise SpecError(
+                    f"meta-parameter {name!r} has shape {tuple(theta[name].shape)}, expected {shape}"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -188,7 +200,10 @@ class Spec:
         unknown = sorted(values.keys() - known)
         if unknown:
             raise SpecError(f"unknown hyperparameters {unknown}; known are {sorted(known)}")
+        arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         try:
-            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-        except TypeError as error:
+            return cls(**arguments)
+        except SpecError:
+            raise
+        except (TypeError, ValueError, ArithmeticError) as error:
             raise SpecError(f"unusable hyperparameters {dict(values)}: {error}") from error

@@ -1,12 +1,13 @@
-// The numbers of the formulas, once for all kernels. Their Python twins are in lopt_fast/reference.py and spec.py.
+// The numbers of the formulas, once for all kernels. Their Python twins are in lopt_fast/reference.py and
+// spec.py.
 #pragma once
 
 namespace lopt {
 
-constexpr double kRmsEpsilon = 1e-6;         // rsqrt(second moment + ...); m * rsqrt(v + ...) where not factored
-constexpr double kSquareEpsilon = 1e-30;     // mean of g^2, + ...
-constexpr double kRowMeanEpsilon = 1e-9;     // row / (mean of row + ...)
-constexpr double kFactorFloor = 1e-9;        // rsqrt(max(factor, ...))
+constexpr double kRmsEpsilon = 1e-6;      // rsqrt(second moment + ...); m * rsqrt(v + ...) where not factored
+constexpr double kSquareEpsilon = 1e-30;  // mean of g^2, + ...
+constexpr double kRowMeanEpsilon = 1e-9;  // row / (mean of row + ...)
+constexpr double kFactorFloor = 1e-9;     // rsqrt(max(factor, ...))
 constexpr double kDiagonalEpsilon = 1e-9;    // g * rsqrt(v + ...) where not factored
 constexpr double kFactorEpsilon = 1e-8;      // rsqrt(row + ...), rsqrt(column + ...)
 constexpr double kNormaliserEpsilon = 1e-5;  // x * rsqrt(mean x^2 + ...)
@@ -56,10 +57,10 @@ enum Feature {
 };
 
 // Column that a feature shows; for the diagonal ones the first of the two.
-constexpr int kColumnOfFeature[kFeatures] = {kG,        kP,           kM,           kM + 1,        kM + 2,        kV,
-                                             kMRsqrtV,  kMRsqrtV + 1, kMRsqrtV + 2, kRsqrtV,       kFacG,         kFacG + 1,
-                                             kFacG + 2, kFacM,        kFacM + 1,    kFacM + 2,     kRow,          kRow + 1,
-                                             kRow + 2,  kRsqrtRow,    kRsqrtRow + 1, kRsqrtRow + 2};
+constexpr int kColumnOfFeature[kFeatures] = {
+    kG,           kP,       kM,       kM + 1,    kM + 2,        kV,           kMRsqrtV,  kMRsqrtV + 1,
+    kMRsqrtV + 2, kRsqrtV,  kFacG,    kFacG + 1, kFacG + 2,     kFacM,        kFacM + 1, kFacM + 2,
+    kRow,         kRow + 1, kRow + 2, kRsqrtRow, kRsqrtRow + 1, kRsqrtRow + 2};
 // Distance from the first to the second column of a diagonal feature.
 constexpr int kDiagonalTwin = kCol - kRow;
 

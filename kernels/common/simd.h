@@ -1,6 +1,6 @@
-// One vector type per scalar type and the few operations that the language does not have. Included by a source that
-// is compiled once for each instruction set; everything is internal to that source, so that the linker can never
-// swap one set's function for another's.
+// One vector type per scalar type and the few operations that the language does not have. Included by a
+// source that is compiled once for each instruction set; everything is internal to that source, so that the
+// linker can never swap one set's function for another's.
 #pragma once
 
 #include <cmath>
@@ -136,8 +136,8 @@ LOPT_INLINE Vec<T> relu(Vec<T> x) {
   return at_least<T>(Vec<T>{}, x);
 }
 
-// 1 / sqrt(x) for x > 0, 0 for infinity. float: the processor's estimate and one Newton step, relative error below
-// 3e-7 (23 bits); double: correctly rounded root and quotient.
+// 1 / sqrt(x) for x > 0, 0 for infinity. float: the processor's estimate and one Newton step, relative error
+// below 3e-7 (23 bits); double: correctly rounded root and quotient.
 template <typename T>
 LOPT_INLINE Vec<T> rsqrt(Vec<T> x) {
   Vec<T> y;
@@ -182,7 +182,8 @@ LOPT_INLINE Vec<double> exp2(Vec<double> x) {
 }
 LOPT_INLINE Vec<float> exp2(Vec<float> x) {
 #if defined(__AVX512F__)
-  const Vec<float> whole = (Vec<float>)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Vec<float> whole =
+      (Vec<float>)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
   x = at_least<float>(splat(-160.0f), at_most<float>(splat(160.0f), x));
   const Vec<float> magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer

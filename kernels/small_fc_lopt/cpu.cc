@@ -1,10 +1,11 @@
-// small_fc_lopt on processors with SIMD units: the three passes of README.md, one tile of one tensor at a time.
+// small_fc_lopt on processors with SIMD units: the three passes of README.md, one tile of one tensor at a
+// time.
 //
-// Compiled once for each instruction set with LOPT_ISA naming it. All functions but the table are internal to this
-// file, and nothing of the standard library is instantiated: the linker must never find two versions of a function.
-#include "kernels/small_fc_lopt/kernel.h"
-
+// Compiled once for each instruction set with LOPT_ISA naming it. All functions but the table are internal to
+// this file, and nothing of the standard library is instantiated: the linker must never find two versions of
+// a function.
 #include "kernels/common/simd.h"
+#include "kernels/small_fc_lopt/kernel.h"
 
 namespace lopt {
 namespace {
@@ -64,8 +65,9 @@ LOPT_INLINE Tile tile_at(const TensorStep<T>& c, int64_t index) {
   return tile;
 }
 
-// Calls f(first row, run offset, length, rows) for pieces of a tile that are contiguous in loop order: a part of one
-// row of at most `longest` elements, or several whole rows where one is shorter than that and `join` is set.
+// Calls f(first row, run offset, length, rows) for pieces of a tile that are contiguous in loop order: a part
+// of one row of at most `longest` elements, or several whole rows where one is shorter than that and `join`
+// is set.
 template <typename T, typename F>
 LOPT_INLINE void for_each_segment(const TensorStep<T>& c, const Tile& tile, int64_t longest, bool join, F f) {
   const int64_t run = c.tiling.run;
@@ -86,9 +88,11 @@ LOPT_INLINE void for_each_segment(const TensorStep<T>& c, const Tile& tile, int6
 
 // ---- tensors whose elements do not lie in loop order ----
 
-// Calls f(i, offset) for elements start .. start + n of the tensor in loop order, offset as `strides` give it.
+// Calls f(i, offset) for elements start .. start + n of the tensor in loop order, offset as `strides` give
+// it.
 template <typename F>
-LOPT_INLINE void for_each_offset(const Tensor& tensor, const int64_t* strides, int64_t start, int64_t n, F f) {
+LOPT_INLINE void for_each_offset(const Tensor& tensor, const int64_t* strides, int64_t start, int64_t n,
+                                 F f) {
   int64_t index[64];
   int64_t offset = 0;
   const int last = tensor.ndim - 1;
@@ -112,7 +116,8 @@ template <typename T>
 LOPT_INLINE const T* gather(const Tensor& tensor, const View& view, int64_t start, int64_t n, T* buffer) {
   const T* data = static_cast<const T*>(view.data);
   if (!view.strides) return data + start;
-  for_each_offset(tensor, view.strides, start, n, [&](int64_t i, int64_t offset) { buffer[i] = data[offset]; });
+  for_each_offset(tensor, view.strides, start, n,
+                  [&](int64_t i, int64_t offset) { buffer[i] = data[offset]; });
   return buffer;
 }
 
@@ -127,7 +132,8 @@ template <typename T>
 void clear_factor_sums(const TensorStep<T>& c, const Tile& tile) {
   const Loops& l = c.tensor.loops;
   const int64_t b2 = l.batch2, x0 = tile.run_tile * c.x_size;
-  __builtin_memset(c.x_sums + x0 + tile.row_begin * b2, 0, size_t(tile.row_end - tile.row_begin) * b2 * sizeof(T));
+  __builtin_memset(c.x_sums + x0 + tile.row_begin * b2, 0,
+                   size_t(tile.row_end - tile.row_begin) * b2 * sizeof(T));
   const int64_t first = row_at(l, tile.row_begin).batch0, last = row_at(l, tile.row_end - 1).batch0;
   for (int64_t b = first; b <= last; ++b)
     for (int64_t b1 = 0; b1 < l.batch1; ++b1)
@@ -284,10 +290,11 @@ void row_factor(const T* a, int64_t outer, int64_t axis, int64_t inner, T* facto
     }
 }
 
-// What the columns of one accumulator (raw and inverse root, normalised) add to the hidden units, from `bias` on.
+// What the columns of one accumulator (raw and inverse root, normalised) add to the hidden units, from `bias`
+// on.
 template <typename T>
-void add_bias(const TensorStep<T>& c, const T* accumulator, int64_t size, int raw_column, int root_column, T* bias,
-              int64_t stride) {
+void add_bias(const TensorStep<T>& c, const T* accumulator, int64_t size, int raw_column, int root_column,
+              T* bias, int64_t stride) {
   using V = Vec<T>;
   constexpr int W = kLanes<T>;
   const int hidden = c.hidden_size;
@@ -304,8 +311,10 @@ void add_bias(const TensorStep<T>& c, const T* accumulator, int64_t size, int ra
       int64_t i = 0;
       for (; i + W <= size; i += W) store(b + i, load(b + i) + (raw * load(a + i) + root * load(roots + i)));
       if (i < size)
-        store_n(b + i, load_n(b + i, size - i) + (raw * load_n(a + i, size - i) + root * load_n(roots + i, size - i)),
-                size - i);
+        store_n(
+            b + i,
+            load_n(b + i, size - i) + (raw * load_n(a + i, size - i) + root * load_n(roots + i, size - i)),
+            size - i);
     }
   }
 }
@@ -328,10 +337,10 @@ void fold_factors(const TensorStep<T>& c) {
     for (int64_t i = 0; i < c.x_size; ++i) c.x_bias[j * c.x_stride + i] = c.b0[j];
     __builtin_memset(c.y_bias + j * c.y_stride, 0, size_t(c.y_size) * sizeof(T));
   }
-  add_bias(c, c.x_accumulator, c.x_size, l.x_is_row ? kRow : kCol, l.x_is_row ? kRsqrtRow : kRsqrtCol, c.x_bias,
-           c.x_stride);
-  add_bias(c, c.y_accumulator, c.y_size, l.x_is_row ? kCol : kRow, l.x_is_row ? kRsqrtCol : kRsqrtRow, c.y_bias,
-           c.y_stride);
+  add_bias(c, c.x_accumulator, c.x_size, l.x_is_row ? kRow : kCol, l.x_is_row ? kRsqrtRow : kRsqrtCol,
+           c.x_bias, c.x_stride);
+  add_bias(c, c.y_accumulator, c.y_size, l.x_is_row ? kCol : kRow, l.x_is_row ? kRsqrtCol : kRsqrtRow,
+           c.y_bias, c.y_stride);
 }
 
 // ---- features ----
@@ -343,10 +352,11 @@ struct Segment {
   T* out;
   T* m[kMomenta];
   T* v;
-  T* d[kFactored];         // diagonal accumulators (unfactored)
-  const T* y[kFactored];   // row_scalar: y factors; expanded: products of both factors
-  T x[kFactored];          // row_scalar: x factors
-  const T* w_factored;     // first-layer weights of the factored features, times the row's factors (pass 3, exact)
+  T* d[kFactored];        // diagonal accumulators (unfactored)
+  const T* y[kFactored];  // row_scalar: y factors; expanded: products of both factors
+  T x[kFactored];         // row_scalar: x factors
+  const T*
+      w_factored;  // first-layer weights of the factored features, times the row's factors (pass 3, exact)
 };
 
 template <typename T>
@@ -359,7 +369,8 @@ LOPT_INLINE Segment<T> segment_at(const TensorStep<T>& c, int64_t start) {
   return s;
 }
 
-// Products of the factors, and sums of the biases, of both axes for elements e .. e + n (or `rows` whole rows).
+// Products of the factors, and sums of the biases, of both axes for elements e .. e + n (or `rows` whole
+// rows).
 template <typename T>
 void expand(const TensorStep<T>& c, Row row, int64_t e, int64_t n, int64_t rows, T* products, T* biases,
             int64_t stride) {
@@ -405,8 +416,8 @@ struct Rates {
   }
 };
 
-// Asks for the line that the streams of a segment reach kAhead bytes further on: six to eleven streams with tens of
-// operations for each line are more than the processor's own prefetchers keep up with.
+// Asks for the line that the streams of a segment reach kAhead bytes further on: six to eleven streams with
+// tens of operations for each line are more than the processor's own prefetchers keep up with.
 constexpr int64_t kAhead = 1024;
 
 template <typename T, Mode M, int N>
@@ -422,13 +433,16 @@ LOPT_INLINE void prefetch(const Segment<T>& s, int64_t i) {
   }
 }
 
-// Reads N vectors of elements from i on (the first `lanes` of one vector where Tail), moves the accumulators on,
-// writes them back where Write, and calls emit(Index<feature>, vectors) for each feature. `p` receives the parameters.
+// Reads N vectors of elements from i on (the first `lanes` of one vector where Tail), moves the accumulators
+// on, writes them back where Write, and calls emit(Index<feature>, vectors) for each feature. `p` receives
+// the parameters.
 //
-// Where Folded, products that cost less on the weights are left to the caller: instead of 1/sqrt(v) and the ratios
-// m/sqrt(v) it gets emit.ratios(m, 1/sqrt(v)), and the factored features lack the factor of their row (row_scalar).
+// Where Folded, products that cost less on the weights are left to the caller: instead of 1/sqrt(v) and the
+// ratios m/sqrt(v) it gets emit.ratios(m, 1/sqrt(v)), and the factored features lack the factor of their row
+// (row_scalar).
 template <typename T, Mode M, int N, bool Tail, bool Write, bool Folded, typename Emit>
-LOPT_INLINE void features(const Rates<T>& rate, const Segment<T>& s, int64_t i, int64_t lanes, Vec<T>* p, Emit emit) {
+LOPT_INLINE void features(const Rates<T>& rate, const Segment<T>& s, int64_t i, int64_t lanes, Vec<T>* p,
+                          Emit emit) {
   using V = Vec<T>;
   constexpr int W = kLanes<T>;
   const auto in = [&](const T* from, int n) __attribute__((always_inline)) {
@@ -539,10 +553,11 @@ LOPT_INLINE void keep_sums(const TensorStep<T>& c, int64_t tile, SquareSums<T>& 
   for (int f = 0; f < c.features(); ++f) c.sums[tile * kFeatures + f] = sums.total[f];
 }
 
-// Segments of a tile with everything that the features need, for passes 2 and 3. f(segment, n, row, biases, start).
+// Segments of a tile with everything that the features need, for passes 2 and 3. f(segment, n, row, biases,
+// start).
 template <typename T, Mode M, typename F>
-LOPT_INLINE void for_each_feature_segment(const TensorStep<T>& c, const Tile& tile, int64_t longest, T* products,
-                                          T* biases, int64_t stride, F f) {
+LOPT_INLINE void for_each_feature_segment(const TensorStep<T>& c, const Tile& tile, int64_t longest,
+                                          T* products, T* biases, int64_t stride, F f) {
   for_each_segment(c, tile, longest, M == Mode::expanded,
                    [&](const Row& row, int64_t e, int64_t n, int64_t rows) __attribute__((always_inline)) {
                      const int64_t start = row.o * c.tiling.run + e;
@@ -567,8 +582,8 @@ LOPT_INLINE bool rows_are_long(const TensorStep<T>& c) {
 
 // ---- pass 2 ----
 
-// Sums of the squares of the features of a factored tensor. The squares are formed from m^2 and 1 / (v + ...) rather
-// than from the features: 25 products instead of 40 for each vector.
+// Sums of the squares of the features of a factored tensor. The squares are formed from m^2 and 1 / (v + ...)
+// rather than from the features: 25 products instead of 40 for each vector.
 template <typename T, bool Tail>
 LOPT_INLINE void add_feature_squares(const Rates<T>& rate, const Segment<T>& s, int64_t i, int64_t lanes,
                                      Vec<T>* sums, Vec<T>* factored_sums) {
@@ -610,31 +625,32 @@ void feature_statistics_in(const TensorStep<T>& c, int64_t index) {
   const int64_t longest = M == Mode::expanded || !direct ? kSegment : 8192;
   for_each_feature_segment<T, M>(
       c, tile, longest, products, static_cast<T*>(nullptr), kSegment + kPadding,
-      [&](Segment<T>& s, const Row&, int64_t, int64_t n, int64_t, int64_t start) __attribute__((always_inline)) {
-        s.g = gather(c.tensor, c.tensor.grad, start, n, g_buffer);
-        s.p = gather(c.tensor, c.tensor.param, start, n, p_buffer);
-        int64_t i = 0;
-        if constexpr (M == Mode::unfactored) {
-          V p[1];
-          for (; i < n; i += W) {
-            const int64_t lanes = smaller(W, n - i);
-            features<T, M, 1, true, false, false>(rate, s, i, lanes, p, [&](auto f, const V* x)
-                                                                     __attribute__((always_inline)) {
-              sums.template add<true, 1>(f, x, lanes);
-            });
-          }
-        } else {
-          V factored[2 * kFactored] = {};
-          for (; i + W <= n; i += W) add_feature_squares<T, false>(rate, s, i, W, sums.part, factored);
-          if (i < n) add_feature_squares<T, true>(rate, s, i, n - i, sums.part, factored);
-          for (int k = 0; k < kFactored; ++k) {
-            const T x = M == Mode::row_scalar ? s.x[k] * s.x[k] : T(1);
-            sums.part[fFacG + k] += x * factored[k];
-            sums.part[fFacM + k] += x * factored[kFactored + k];
-          }
-        }
-        sums.flush(n, c.features());
-      });
+      [&](Segment<T>& s, const Row&, int64_t, int64_t n, int64_t, int64_t start)
+          __attribute__((always_inline)) {
+            s.g = gather(c.tensor, c.tensor.grad, start, n, g_buffer);
+            s.p = gather(c.tensor, c.tensor.param, start, n, p_buffer);
+            int64_t i = 0;
+            if constexpr (M == Mode::unfactored) {
+              V p[1];
+              for (; i < n; i += W) {
+                const int64_t lanes = smaller(W, n - i);
+                features<T, M, 1, true, false, false>(rate, s, i, lanes, p,
+                                                      [&](auto f, const V* x) __attribute__((always_inline)) {
+                                                        sums.template add<true, 1>(f, x, lanes);
+                                                      });
+              }
+            } else {
+              V factored[2 * kFactored] = {};
+              for (; i + W <= n; i += W) add_feature_squares<T, false>(rate, s, i, W, sums.part, factored);
+              if (i < n) add_feature_squares<T, true>(rate, s, i, n - i, sums.part, factored);
+              for (int k = 0; k < kFactored; ++k) {
+                const T x = M == Mode::row_scalar ? s.x[k] * s.x[k] : T(1);
+                sums.part[fFacG + k] += x * factored[k];
+                sums.part[fFacM + k] += x * factored[kFactored + k];
+              }
+            }
+            sums.flush(n, c.features());
+          });
   keep_sums(c, index, sums);
 }
 
@@ -662,7 +678,8 @@ LOPT_INLINE void add_products(const T* w, const Vec<T>* x, Vec<T> (*a)[N]) {
   }
 }
 
-// The first layer where features need no clipping and no sums: takes them as `features` with Folded gives them.
+// The first layer where features need no clipping and no sums: takes them as `features` with Folded gives
+// them.
 template <typename T, int H, int N>
 struct ExactLayer {
   using V = Vec<T>;
@@ -690,7 +707,8 @@ LOPT_INLINE void apply_block(const TensorStep<T>& c, const Rates<T>& rate, const
   using V = Vec<T>;
   constexpr int W = kLanes<T>;
   const T *w0 = c.w0, *w_factored = s.w_factored, *w1 = c.w1, *b1 = c.b1, *w_out = c.w_out, *limit = c.limit;
-  // Hide where the weights lie, so that they stay broadcast loads: hoisted, they would be spilled as whole vectors.
+  // Hide where the weights lie, so that they stay broadcast loads: hoisted, they would be spilled as whole
+  // vectors.
   __asm__("" : "+r"(w0), "+r"(w_factored), "+r"(w1), "+r"(b1), "+r"(w_out), "+r"(limit));
   V a[H][N];
   for (int j = 0; j < H; ++j)
@@ -703,13 +721,15 @@ LOPT_INLINE void apply_block(const TensorStep<T>& c, const Rates<T>& rate, const
     }
   V p[N];
   if constexpr (Lagged) {
-    features<T, M, N, Tail, true, false>(rate, s, i, lanes, p, [&](auto f, const V* x) __attribute__((always_inline)) {
-      sums.template add<Tail, N>(f, x, lanes);
-      const V bound = splat(limit[f.value]);
-      V clipped[N];
-      for (int n = 0; n < N; ++n) clipped[n] = at_most<T>(bound, at_least<T>(-bound, x[n]));
-      add_products<T, H, N>(w0 + f.value * H, clipped, a);
-    });
+    features<T, M, N, Tail, true, false>(rate, s, i, lanes, p,
+                                         [&](auto f, const V* x) __attribute__((always_inline)) {
+                                           sums.template add<Tail, N>(f, x, lanes);
+                                           const V bound = splat(limit[f.value]);
+                                           V clipped[N];
+                                           for (int n = 0; n < N; ++n)
+                                             clipped[n] = at_most<T>(bound, at_least<T>(-bound, x[n]));
+                                           add_products<T, H, N>(w0 + f.value * H, clipped, a);
+                                         });
   } else {
     features<T, M, N, Tail, true, true>(rate, s, i, lanes, p, ExactLayer<T, H, N>{w0, w_factored, a});
   }
@@ -785,7 +805,8 @@ void apply_narrow(const TensorStep<T>& c, int64_t index) {
             s.w_factored = c.w0 + fFacG * H;
             if (M == Mode::row_scalar && !Lagged) {
               for (int f = 0; f < 2 * kFactored; ++f)
-                for (int j = 0; j < H; ++j) w_factored[f * H + j] = s.w_factored[f * H + j] * s.x[f % kFactored];
+                for (int j = 0; j < H; ++j)
+                  w_factored[f * H + j] = s.w_factored[f * H + j] * s.x[f % kFactored];
               s.w_factored = w_factored;
             }
             Biases<T, H> bias = {};
@@ -810,12 +831,14 @@ void apply_narrow(const TensorStep<T>& c, int64_t index) {
   if (Lagged) keep_sums(c, index, sums);
 }
 
-// ---- pass 3, any width: features and units of a short segment in memory that stays in the first-level cache ----
+// ---- pass 3, any width: features and units of a short segment in memory that stays in the first-level cache
+// ----
 
 // Rows of the segment's arrays are this far apart: a whole vector may be written past the end of one.
 constexpr int64_t kWideStride = kWideSegment + 16;
 
-// out[j] = init(j) + sum over k of w[k, j] * in[k], then ReLU, for units j .. j + J at once, over one segment.
+// out[j] = init(j) + sum over k of w[k, j] * in[k], then ReLU, for units j .. j + J at once, over one
+// segment.
 template <typename T, int J, bool Relu, typename Init>
 LOPT_INLINE void dense_units(int inputs, int units, int j, const T* in, const T* w, T* out, Init init) {
   using V = Vec<T>;
@@ -891,24 +914,26 @@ void apply_wide(const TensorStep<T>& c, int64_t index) {
     };
     V p[1];
     for (; i + W <= n; i += W) {
-      features<T, M, 1, false, true, false>(rate, s, i, W, p, [&](auto f, const V* x) __attribute__((always_inline)) {
-        keep(f, x, W, Index<0>{});
-      });
+      features<T, M, 1, false, true, false>(
+          rate, s, i, W, p,
+          [&](auto f, const V* x) __attribute__((always_inline)) { keep(f, x, W, Index<0>{}); });
       store<T>(p_values + i, p[0]);
     }
     if (i < n) {
-      features<T, M, 1, true, true, false>(rate, s, i, n - i, p, [&](auto f, const V* x) __attribute__((always_inline)) {
-        keep(f, x, n - i, Index<1>{});
-      });
+      features<T, M, 1, true, true, false>(
+          rate, s, i, n - i, p,
+          [&](auto f, const V* x) __attribute__((always_inline)) { keep(f, x, n - i, Index<1>{}); });
       store<T>(p_values + i, p[0]);
     }
     if (Lagged) sums.flush(n, c.features());
 
-    dense<T, true>(c.features(), hidden, inputs, c.w0, first, [&](int j, int64_t at) __attribute__((always_inline)) {
-      if (M == Mode::expanded) return load(biases + j * kWideStride + at);
-      if (M == Mode::unfactored) return splat(c.b0[j]);
-      return load(c.y_bias + j * c.y_stride + y_offset(c, row) + e + at) + c.x_bias[j * c.x_stride + row.o];
-    });
+    dense<T, true>(c.features(), hidden, inputs, c.w0, first,
+                   [&](int j, int64_t at) __attribute__((always_inline)) {
+                     if (M == Mode::expanded) return load(biases + j * kWideStride + at);
+                     if (M == Mode::unfactored) return splat(c.b0[j]);
+                     return load(c.y_bias + j * c.y_stride + y_offset(c, row) + e + at) +
+                            c.x_bias[j * c.x_stride + row.o];
+                   });
     const T* last = first;
     if (c.hidden_layers == 2) {
       dense<T, true>(hidden, hidden, first, c.w1, second,
@@ -920,7 +945,8 @@ void apply_wide(const TensorStep<T>& c, int64_t index) {
 
     T* out = c.tensor.output.strides ? out_buffer : static_cast<T*>(c.tensor.output.data) + start;
     for (i = 0; i < n; i += W) {
-      const V result = c.param_scale * load(p_values + i) - load(outputs + i) * exp2(load(outputs + kWideStride + i));
+      const V result =
+          c.param_scale * load(p_values + i) - load(outputs + i) * exp2(load(outputs + kWideStride + i));
       if (i + W <= n)
         store<T>(out + i, result);
       else
@@ -942,12 +968,18 @@ template <typename T, bool Lagged>
 void apply_as(const TensorStep<T>& c, int64_t tile) {
   if constexpr (sizeof(T) == sizeof(float)) {
     switch (10 * c.hidden_size + c.hidden_layers) {
-      case 21: return apply_narrow_in<T, 2, 1, Lagged>(c, tile);
-      case 22: return apply_narrow_in<T, 2, 2, Lagged>(c, tile);
-      case 41: return apply_narrow_in<T, 4, 1, Lagged>(c, tile);
-      case 42: return apply_narrow_in<T, 4, 2, Lagged>(c, tile);
-      case 81: return apply_narrow_in<T, 8, 1, Lagged>(c, tile);
-      case 82: return apply_narrow_in<T, 8, 2, Lagged>(c, tile);
+      case 21:
+        return apply_narrow_in<T, 2, 1, Lagged>(c, tile);
+      case 22:
+        return apply_narrow_in<T, 2, 2, Lagged>(c, tile);
+      case 41:
+        return apply_narrow_in<T, 4, 1, Lagged>(c, tile);
+      case 42:
+        return apply_narrow_in<T, 4, 2, Lagged>(c, tile);
+      case 81:
+        return apply_narrow_in<T, 8, 1, Lagged>(c, tile);
+      case 82:
+        return apply_narrow_in<T, 8, 2, Lagged>(c, tile);
     }
   }
   if (!c.tensor.loops.factored) return apply_wide<T, Mode::unfactored, Lagged>(c, tile);
@@ -969,8 +1001,8 @@ namespace LOPT_ISA {
 const Kernels& small_fc() {
   static constexpr Kernels kernels = {
       LOPT_STRING(LOPT_ISA),
-      {factor_statistics<float>, update_factors<float>, fold_factors<float>, feature_statistics<float>, apply<float>,
-       square_sum<float>},
+      {factor_statistics<float>, update_factors<float>, fold_factors<float>, feature_statistics<float>,
+       apply<float>, square_sum<float>},
       {factor_statistics<double>, update_factors<double>, fold_factors<double>, feature_statistics<double>,
        apply<double>, square_sum<double>},
   };
