@@ -165,6 +165,8 @@ TensorStep<T> describe(const Spec& spec, const Tensor& tensor, double clip) {
   for (int k = 0; k < kMomenta; ++k) c.d_momentum[k] = d[k];
   c.d_second_moment = d[kMomenta];
   for (int k = 0; k < kFactored; ++k) c.d_factored[k] = d[kMomenta + 1 + k];
+  c.slow = true;
+  for (int k = 0; k < kMomenta + 1 + kFactored; ++k) c.slow = c.slow && d[k] <= T(0.5);
   c.w1 = c.theta + at.w1;
   c.b1 = c.theta + at.b1;
 
@@ -303,20 +305,24 @@ class Timed {
   std::chrono::steady_clock::time_point begin_;
 };
 
-// Runs `pass` over all tiles.
+// Runs `pass` over all tiles. Passes alternate in direction: each begins where the cache still holds what the
+// one before read last.
 template <typename T>
-void run_tiles(const Pool& pool, const TensorStep<T>& c, void (*pass)(const TensorStep<T>&, int64_t)) {
+void run_tiles(const Pool& pool, const TensorStep<T>& c, void (*pass)(const TensorStep<T>&, int64_t),
+               bool backwards = false) {
   struct Work {
     const TensorStep<T>* c;
     void (*pass)(const TensorStep<T>&, int64_t);
-  } work = {&c, pass};
+    int64_t first, direction;
+  };
   const int64_t tiles = c.tiling.tiles();
+  Work work = {&c, pass, backwards ? tiles - 1 : 0, backwards ? -1 : 1};
   if (tiles == 1) return pass(c, 0);
   pool.run(
       pool.context, tiles,
       [](void* w, int64_t i) {
         const Work& work = *static_cast<Work*>(w);
-        work.pass(*work.c, i);
+        work.pass(*work.c, work.first + i * work.direction);
       },
       &work);
 }
@@ -349,7 +355,7 @@ void step_tensor(const Spec& spec, const Tensor& tensor, double clip, const Pool
   }
   {
     const Timed timed(clock, &PassTimes::feature_statistics);
-    run_tiles(pool, c, k.feature_statistics);
+    run_tiles(pool, c, k.feature_statistics, true);
     mean_squares(c, squares);
     fold_network(c, spec, squares);
   }

@@ -22,6 +22,17 @@ struct Index {
   static constexpr int value = I;
 };
 
+// Exponential moving average with d = 1 - decay: two products, whatever d is.
+template <typename V, typename D>
+LOPT_INLINE V average(V a, D d, V x) {
+  return (a - d * a) + d * x;
+}
+// The same with one product, for d <= 1/2: with d near 1 it would lose x where x << a.
+template <typename V, typename D>
+LOPT_INLINE V slow_average(V a, D d, V x) {
+  return a + d * (x - a);
+}
+
 // Position in the tensor by rows: row o is (batch0, x, batch1).
 struct Row {
   int64_t o, batch0, x, batch1;
@@ -218,7 +229,7 @@ void move_accumulator(const TensorStep<T>& c, T* accumulator, int64_t size, cons
   for (int k = 0; k < kFactored; ++k) {
     T* a = accumulator + k * size;
     const T d = c.d_factored[k];
-    for (int64_t i = 0; i < size; ++i) a[i] += d * (sums[i] / count + T(kSquareEpsilon) - a[i]);
+    for (int64_t i = 0; i < size; ++i) a[i] = average(a[i], d, sums[i] / count + T(kSquareEpsilon));
   }
 }
 
@@ -405,14 +416,17 @@ void expand(const TensorStep<T>& c, Row row, int64_t e, int64_t n, int64_t rows,
   }
 }
 
-// Rates of the accumulators as vectors.
-template <typename T>
+// Rates of the accumulators as vectors. Slow: none is above 1/2.
+template <typename T, bool Slow>
 struct Rates {
   Vec<T> grad_scale, momentum[kMomenta], second_moment, factored[kFactored];
   explicit LOPT_INLINE Rates(const TensorStep<T>& c)
       : grad_scale(splat(c.grad_scale)), second_moment(splat(c.d_second_moment)) {
     for (int k = 0; k < kMomenta; ++k) momentum[k] = splat(c.d_momentum[k]);
     for (int k = 0; k < kFactored; ++k) factored[k] = splat(c.d_factored[k]);
+  }
+  LOPT_INLINE Vec<T> average(Vec<T> a, Vec<T> d, Vec<T> x) const {
+    return Slow ? slow_average(a, d, x) : lopt::average(a, d, x);
   }
 };
 
@@ -440,9 +454,9 @@ LOPT_INLINE void prefetch(const Segment<T>& s, int64_t i) {
 // Where Folded, products that cost less on the weights are left to the caller: instead of 1/sqrt(v) and the
 // ratios m/sqrt(v) it gets emit.ratios(m, 1/sqrt(v)), and the factored features lack the factor of their row
 // (row_scalar).
-template <typename T, Mode M, int N, bool Tail, bool Write, bool Folded, typename Emit>
-LOPT_INLINE void features(const Rates<T>& rate, const Segment<T>& s, int64_t i, int64_t lanes, Vec<T>* p,
-                          Emit emit) {
+template <typename T, Mode M, int N, bool Tail, bool Write, bool Folded, bool Slow, typename Emit>
+LOPT_INLINE void features(const Rates<T, Slow>& rate, const Segment<T>& s, int64_t i, int64_t lanes,
+                          Vec<T>* p, Emit emit) {
   using V = Vec<T>;
   constexpr int W = kLanes<T>;
   const auto in = [&](const T* from, int n) __attribute__((always_inline)) {
@@ -460,10 +474,10 @@ LOPT_INLINE void features(const Rates<T>& rate, const Segment<T>& s, int64_t i, 
     g[n] = in(s.g, n) * rate.grad_scale;
     p[n] = in(s.p, n);
     v[n] = in(s.v, n);
-    v[n] += rate.second_moment * (g[n] * g[n] - v[n]);
+    v[n] = rate.average(v[n], rate.second_moment, g[n] * g[n]);
     for (int k = 0; k < kMomenta; ++k) {
       m[k][n] = in(s.m[k], n);
-      m[k][n] += rate.momentum[k] * (g[n] - m[k][n]);
+      m[k][n] = rate.average(m[k][n], rate.momentum[k], g[n]);
     }
     if (Write) {
       out(s.v, n, v[n]);
@@ -495,7 +509,7 @@ LOPT_INLINE void features(const Rates<T>& rate, const Segment<T>& s, int64_t i, 
       V d[N], root[N];
       for (int n = 0; n < N; ++n) {
         d[n] = in(s.d[k.value], n);
-        d[n] += rate.factored[k.value] * (g[n] * g[n] + T(kSquareEpsilon) - d[n]);
+        d[n] = rate.average(d[n], rate.factored[k.value], g[n] * g[n] + T(kSquareEpsilon));
         if (Write) out(s.d[k.value], n, d[n]);
         scale_g[n] = rsqrt<T>(at_least<T>(splat(T(kFactorFloor)), d[n] + T(kDiagonalEpsilon)));
         scale_m[n] = rsqrt<T>(d[n] + T(kRmsEpsilon));
@@ -584,9 +598,9 @@ LOPT_INLINE bool rows_are_long(const TensorStep<T>& c) {
 
 // Sums of the squares of the features of a factored tensor. The squares are formed from m^2 and 1 / (v + ...)
 // rather than from the features: 25 products instead of 40 for each vector.
-template <typename T, bool Tail>
-LOPT_INLINE void add_feature_squares(const Rates<T>& rate, const Segment<T>& s, int64_t i, int64_t lanes,
-                                     Vec<T>* sums, Vec<T>* factored_sums) {
+template <typename T, bool Tail, bool Slow>
+LOPT_INLINE void add_feature_squares(const Rates<T, Slow>& rate, const Segment<T>& s, int64_t i,
+                                     int64_t lanes, Vec<T>* sums, Vec<T>* factored_sums) {
   using V = Vec<T>;
   const auto in = [&](const T* from) __attribute__((always_inline)) {
     return Tail ? load_n(from + i, lanes) : load(from + i);
@@ -594,7 +608,7 @@ LOPT_INLINE void add_feature_squares(const Rates<T>& rate, const Segment<T>& s, 
   if (!Tail) prefetch<T, Mode::row_scalar, 1>(s, i);
   const V g = in(s.g) * rate.grad_scale, p = in(s.p), g_square = g * g;
   V v = in(s.v);
-  v += rate.second_moment * (g_square - v);
+  v = rate.average(v, rate.second_moment, g_square);
   V inverse = reciprocal<T>(v + T(kRmsEpsilon));
   if (Tail) inverse = first_lanes<T>(inverse, lanes);  // the others are zero where the input is
   sums[fG] += g_square;
@@ -603,7 +617,7 @@ LOPT_INLINE void add_feature_squares(const Rates<T>& rate, const Segment<T>& s, 
   sums[fRsqrtV] += inverse;
   for (int k = 0; k < kMomenta; ++k) {
     V m = in(s.m[k]);
-    m += rate.momentum[k] * (g - m);
+    m = rate.average(m, rate.momentum[k], g);
     const V m_square = m * m, y = in(s.y[k]), y_square = y * y;
     sums[fM + k] += m_square;
     sums[fMRsqrtV + k] += m_square * inverse;
@@ -612,12 +626,12 @@ LOPT_INLINE void add_feature_squares(const Rates<T>& rate, const Segment<T>& s, 
   }
 }
 
-template <typename T, Mode M>
+template <typename T, Mode M, bool Slow>
 void feature_statistics_in(const TensorStep<T>& c, int64_t index) {
   using V = Vec<T>;
   constexpr int W = kLanes<T>;
   const Tile tile = tile_at(c, index);
-  const Rates<T> rate(c);
+  const Rates<T, Slow> rate(c);
   SquareSums<T> sums;
   T g_buffer[kSegment], p_buffer[kSegment];
   T products[M == Mode::expanded ? kFactored * (kSegment + kPadding) : 1];
@@ -654,11 +668,16 @@ void feature_statistics_in(const TensorStep<T>& c, int64_t index) {
   keep_sums(c, index, sums);
 }
 
+template <typename T, Mode M>
+void feature_statistics_as(const TensorStep<T>& c, int64_t tile) {
+  return c.slow ? feature_statistics_in<T, M, true>(c, tile) : feature_statistics_in<T, M, false>(c, tile);
+}
+
 template <typename T>
 void feature_statistics(const TensorStep<T>& c, int64_t tile) {
-  if (!c.tensor.loops.factored) return feature_statistics_in<T, Mode::unfactored>(c, tile);
-  if (rows_are_long(c)) return feature_statistics_in<T, Mode::row_scalar>(c, tile);
-  return feature_statistics_in<T, Mode::expanded>(c, tile);
+  if (!c.tensor.loops.factored) return feature_statistics_in<T, Mode::unfactored, false>(c, tile);
+  if (rows_are_long(c)) return feature_statistics_as<T, Mode::row_scalar>(c, tile);
+  return feature_statistics_as<T, Mode::expanded>(c, tile);
 }
 
 // ---- pass 3, narrow networks: all units of all layers in registers ----
@@ -702,7 +721,7 @@ struct ExactLayer {
 };
 
 template <typename T, int H, int Layers, Mode M, bool Lagged, int N, bool Tail>
-LOPT_INLINE void apply_block(const TensorStep<T>& c, const Rates<T>& rate, const Segment<T>& s,
+LOPT_INLINE void apply_block(const TensorStep<T>& c, const Rates<T, true>& rate, const Segment<T>& s,
                              const Biases<T, H>& bias, int64_t i, int64_t lanes, SquareSums<T>& sums) {
   using V = Vec<T>;
   constexpr int W = kLanes<T>;
@@ -785,7 +804,7 @@ void apply_narrow(const TensorStep<T>& c, int64_t index) {
   // Eight independent chains of products hide their latency; vectors (biases) are not worth the code.
   constexpr int N = H >= 8 || M == Mode::unfactored ? 1 : 8 / H;
   const Tile tile = tile_at(c, index);
-  const Rates<T> rate(c);
+  const Rates<T, true> rate(c);
   SquareSums<T> sums;
   T g_buffer[kSegment], p_buffer[kSegment], out_buffer[kSegment];
   constexpr int64_t stride = kSegment + kPadding;
@@ -877,7 +896,7 @@ void apply_wide(const TensorStep<T>& c, int64_t index) {
   constexpr int W = kLanes<T>;
   constexpr int64_t S = kWideSegment;
   const Tile tile = tile_at(c, index);
-  const Rates<T> rate(c);
+  const Rates<T, false> rate(c);
   SquareSums<T> sums;
   const int hidden = c.hidden_size;
   T g_buffer[S], p_buffer[S], out_buffer[S], p_values[S] = {}, products[kFactored * kWideStride];
@@ -967,7 +986,8 @@ void apply_narrow_in(const TensorStep<T>& c, int64_t tile) {
 template <typename T, bool Lagged>
 void apply_as(const TensorStep<T>& c, int64_t tile) {
   if constexpr (sizeof(T) == sizeof(float)) {
-    switch (10 * c.hidden_size + c.hidden_layers) {
+    // Rates above 1/2 are rare: they go the way of the wide networks.
+    switch (c.slow ? 10 * c.hidden_size + c.hidden_layers : 0) {
       case 21:
         return apply_narrow_in<T, 2, 1, Lagged>(c, tile);
       case 22:

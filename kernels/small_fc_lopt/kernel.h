@@ -39,6 +39,7 @@ struct TensorStep {
   T grad_scale;
   T param_scale;                                                   // output = param_scale * p - step
   T d_momentum[kMomenta], d_second_moment, d_factored[kFactored];  // 1 - decay
+  bool slow;                                                       // no 1 - decay is above 1/2
 
   // State.
   T *momentum, *second_moment;
