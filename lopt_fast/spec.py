@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
-from itertools import pairwise
 from typing import Any, Literal
 
 Kind = Literal["element", "row", "column", "time"]
