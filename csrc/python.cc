@@ -1,0 +1,166 @@
+// The Python module lopt_fast._native: unwraps arguments, calls csrc/core.h. Knows neither torch nor NumPy.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "csrc/core.h"
+#include "csrc/plan.h"
+#include "csrc/timing.h"
+#include "csrc/xla.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using lopt::Dtype;
+using lopt::Record;
+
+void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+Dtype dtype_of(const std::string& name) {
+  if (name == "float32") return Dtype::float32;
+  if (name == "float64") return Dtype::float64;
+  throw std::invalid_argument("dtype " + name + ": the kernels take float32 and float64");
+}
+
+lopt::Pool pool_of(const std::string& name, int threads) {
+  if (name == "serial") return lopt::serial_pool();
+  if (name == "own") return lopt::own_pool(threads);
+  if (name == "openmp") return lopt::openmp_pool(threads);
+  throw std::invalid_argument("pool " + name + ": must be serial, own or openmp");
+}
+
+using LoopNumbers = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, bool, bool>;
+
+Record make_record(const std::string& dtype, const LoopNumbers& loops, std::vector<int64_t> sizes,
+                   uintptr_t momentum, uintptr_t second_moment, uintptr_t row, uintptr_t column,
+                   uintptr_t mean_squares) {
+  const auto [batch0, x, batch1, y, batch2, x_is_row, factored] = loops;
+  return {dtype_of(dtype),        {batch0, x, batch1, y, batch2, x_is_row, factored},
+          std::move(sizes),       pointer(momentum),
+          pointer(second_moment), pointer(row),
+          pointer(column),        pointer(mean_squares)};
+}
+
+// Address and strides (in elements, axes in memory order; none: dense) of an array during one call.
+using Address = std::pair<uintptr_t, std::optional<std::vector<int64_t>>>;
+
+lopt::View view_of(const Address& address) {
+  return {pointer(address.first), address.second ? address.second->data() : nullptr};
+}
+
+void check_rank(const Record& record, const Address& address, const char* what) {
+  if (address.second && address.second->size() != record.sizes.size())
+    throw std::invalid_argument(std::string(what) + ": one stride is needed for each axis");
+}
+
+void small_fc_step(const lopt::Spec& spec, uintptr_t theta_float32, uintptr_t theta_float64,
+                   const std::vector<Record*>& records, const std::vector<Address>& params,
+                   const std::vector<Address>& grads, const std::vector<Address>& outputs, bool apply,
+                   double lr, double weight_decay, double grad_scale, int64_t t,
+                   std::optional<double> max_grad_norm, const std::string& pool, int threads) {
+  const size_t count = records.size();
+  if (params.size() != count || grads.size() != count || outputs.size() != count)
+    throw std::invalid_argument("records, params, grads and outputs must be equally many");
+  const lopt::StepScalars scalars{lr, weight_decay, grad_scale, t};
+  std::vector<lopt::Tensor> tensors(count);
+  for (size_t i = 0; i < count; ++i) {
+    const Record& r = *records[i];
+    check_rank(r, params[i], "params");
+    check_rank(r, grads[i], "grads");
+    check_rank(r, outputs[i], "outputs");
+    const uintptr_t theta = r.dtype == Dtype::float32 ? theta_float32 : theta_float64;
+    tensors[i] = {r.dtype,
+                  r.loops,
+                  int32_t(r.sizes.size()),
+                  r.sizes.data(),
+                  view_of(params[i]),
+                  view_of(grads[i]),
+                  view_of(outputs[i]),
+                  apply,
+                  r.momentum,
+                  r.second_moment,
+                  r.row,
+                  r.column,
+                  r.mean_squares,
+                  pointer(theta),
+                  &scalars,
+                  max_grad_norm ? 0 : -1};
+  }
+  const lopt::Pool chosen = pool_of(pool, threads);
+  const double max_norm = max_grad_norm.value_or(0.0);
+  py::gil_scoped_release release;
+  lopt::small_fc_step(spec, tensors.data(), int64_t(count), &max_norm, max_grad_norm ? 1 : 0, chosen);
+}
+
+std::vector<std::string> available_instruction_sets() {
+  std::vector<std::string> names;
+  for (const char* const* name = lopt::available_instruction_sets(); *name; ++name) names.emplace_back(*name);
+  return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Kernels of lopt_fast. Private: use lopt_fast.torch, lopt_fast.jax or lopt_fast.native.";
+
+  py::class_<lopt::Spec>(m, "KernelSpec")
+      .def(py::init([](int32_t hidden_size, int32_t hidden_layers, double step_mult, double exp_mult,
+                       bool parameter_rms, double scale_epsilon, bool lagged) {
+             return lopt::Spec{hidden_size,   hidden_layers, step_mult, exp_mult,
+                               parameter_rms, scale_epsilon, lagged};
+           }),
+           py::kw_only(), py::arg("hidden_size"), py::arg("hidden_layers"), py::arg("step_mult"),
+           py::arg("exp_mult"), py::arg("parameter_rms"), py::arg("scale_epsilon"), py::arg("lagged"))
+      .def_property_readonly("theta_size", &lopt::theta_size);
+
+  py::class_<Record>(m, "Record")
+      .def(py::init(&make_record), py::kw_only(), py::arg("dtype"), py::arg("loops"), py::arg("sizes"),
+           py::arg("momentum"), py::arg("second_moment"), py::arg("row"), py::arg("column"),
+           py::arg("mean_squares"));
+
+  m.def("small_fc_step", &small_fc_step, py::kw_only(), py::arg("spec"), py::arg("theta_float32"),
+        py::arg("theta_float64"), py::arg("records"), py::arg("params"), py::arg("grads"), py::arg("outputs"),
+        py::arg("apply"), py::arg("lr"), py::arg("weight_decay"), py::arg("grad_scale"), py::arg("t"),
+        py::arg("max_grad_norm"), py::arg("pool"), py::arg("threads"));
+
+  lopt::bind_plan(m);
+
+  m.def("xla_handlers", [] {
+    py::dict handlers;
+    handlers["small_fc_step"] = py::capsule(lopt::xla_small_fc_handler(), "xla._CUSTOM_CALL_TARGET");
+    return handlers;
+  });
+
+  m.def(
+      "time_passes",
+      [](const lopt::Spec& spec, const LoopNumbers& numbers, int64_t count, uintptr_t theta,
+         const std::string& pool, int threads, int steps) {
+        const auto [batch0, x, batch1, y, batch2, x_is_row, factored] = numbers;
+        const lopt::Loops loops = {batch0, x, batch1, y, batch2, x_is_row, factored};
+        lopt::StepTimes times;
+        {
+          py::gil_scoped_release release;
+          times = lopt::time_passes(spec, loops, count, static_cast<const float*>(pointer(theta)),
+                                    pool_of(pool, threads), steps);
+        }
+        py::dict out;
+        out["step"] = times.step;
+        out["factor_statistics"] = times.factor_statistics;
+        out["feature_statistics"] = times.feature_statistics;
+        out["apply"] = times.apply;
+        return out;
+      },
+      py::kw_only(), py::arg("spec"), py::arg("loops"), py::arg("count"), py::arg("theta"), py::arg("pool"),
+      py::arg("threads"), py::arg("steps"));
+  m.def("instruction_set", &lopt::instruction_set);
+  m.def("set_instruction_set", [](const std::string& name) { lopt::set_instruction_set(name.c_str()); });
+  m.def("available_instruction_sets", &available_instruction_sets);
+}

@@ -1,0 +1,221 @@
+"""The CPU kernels on NumPy arrays, in place, and what bindings share: how a tensor and its state lie in memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import numpy as np
+
+from .backends import choose, native
+from .layout import Loops, dense_strides, factored_dims, loops, memory_order
+from .reference import TensorState, flatten_theta
+from .spec import Spec
+
+DTYPES = ("float32", "float64")
+"""Names of the types that the kernels take."""
+
+
+def kernel_spec(spec: Spec) -> Any:
+    """`spec` as the kernels take it; `backends.choose` tells whether they can."""
+    return native().KernelSpec(
+        hidden_size=spec.hidden_size,
+        hidden_layers=spec.hidden_layers,
+        step_mult=spec.step_mult,
+        exp_mult=spec.exp_mult,
+        parameter_rms=spec.scale == "parameter_rms",
+        scale_epsilon=spec.scale_epsilon,
+        lagged=spec.statistics == "lagged",
+    )
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a tensor and its state lie in memory: the parameter's axes from the outermost to the innermost."""
+
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+
+    @classmethod
+    def of(cls, shape: Sequence[int], strides: Sequence[int]) -> Placement:
+        return cls(tuple(shape), memory_order(strides, shape))
+
+    @property
+    def loops(self) -> Loops:
+        return loops(self.shape, self.order)
+
+    def in_memory_order(self, per_axis: Sequence[int]) -> tuple[int, ...]:
+        return tuple(per_axis[axis] for axis in self.order)
+
+    def strides_of_view(self, strides: Sequence[int]) -> tuple[int, ...] | None:
+        """Strides in memory order for a kernel; None where the elements lie densely in that order."""
+        dense = dense_strides(self.shape, self.order)
+        if 0 in self.shape or all(
+            n == 1 or a == b for n, a, b in zip(self.shape, strides, dense, strict=True)
+        ):
+            return None
+        return self.in_memory_order(strides)
+
+    def state_layouts(self, spec: Spec) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+        """(shape, strides in elements) of each array of `TensorState` that `spec` and the shape use.
+
+        Dense: the decays outermost, then the parameter's memory order without the axis that is averaged away.
+        """
+
+        def layout(
+            decays: tuple[float, ...], without: int | None = None
+        ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+            kept = [axis for axis in range(len(self.shape)) if axis != without]
+            shape = tuple(self.shape[axis] for axis in kept)
+            order = [kept.index(axis) for axis in self.order if axis != without]
+            return (len(decays), *shape), (math.prod(shape), *dense_strides(shape, order))
+
+        found: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+        if spec.uses_momentum:
+            found["momentum"] = layout(spec.momentum_decays)
+        if spec.uses_second_moment:
+            found["second_moment"] = layout(spec.rms_decays)
+        if spec.uses_factored:
+            d1, d0 = factored_dims(self.shape) or (None, None)
+            found["factored_row"] = layout(spec.adafactor_decays, without=d0)
+            if d0 is not None:
+                found["factored_column"] = layout(spec.adafactor_decays, without=d1)
+        if spec.statistics == "lagged":
+            found["mean_squares"] = (len(spec.normalised_columns),), (1,)
+        return found
+
+    def record(self, dtype: str, addresses: Mapping[str, int]) -> Any:
+        """The tensor as the kernels know it; `addresses` of the state by its names in `TensorState`."""
+        return native().Record(
+            dtype=dtype,
+            loops=astuple(self.loops),
+            sizes=self.in_memory_order(self.shape),
+            momentum=addresses["momentum"],
+            second_moment=addresses["second_moment"],
+            row=addresses["factored_row"],
+            column=addresses.get("factored_column", 0),
+            mean_squares=addresses.get("mean_squares", 0),
+        )
+
+
+def overlaps(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether elements may share memory: an axis does not step over all that the axes inside it reach."""
+    if 0 in shape:
+        return False
+    reach = 0
+    axes = [(abs(stride), n) for n, stride in zip(shape, strides, strict=True) if n != 1]
+    for stride, n in sorted(axes):
+        if stride <= reach:
+            return True
+        reach += (n - 1) * stride
+    return False
+
+
+def flat_theta(spec: Spec, theta: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The meta-parameters as the kernels take them, a flat array for each type; rounded once, from float64."""
+    flat = flatten_theta(spec, {name: np.asarray(a, np.float64) for name, a in theta.items()})
+    return {name: np.ascontiguousarray(flat, name) for name in DTYPES}
+
+
+def init_state(spec: Spec, p: np.ndarray) -> TensorState:
+    """Zero accumulators for the array `p`, in the memory order of `p`. What is not used has size 0."""
+    arrays = {name: np.zeros(0, p.dtype) for name in TensorState._fields}
+    for name, (shape, strides) in Placement.of(p.shape, p.strides).state_layouts(spec).items():
+        base = np.zeros(math.prod(shape), p.dtype)
+        arrays[name] = np.lib.stride_tricks.as_strided(base, shape, [s * p.itemsize for s in strides])
+    return TensorState(**arrays)
+
+
+def small_fc_step(
+    spec: Spec,
+    theta: Mapping[str, Any],
+    params: Sequence[np.ndarray],
+    grads: Sequence[np.ndarray],
+    states: Sequence[TensorState],
+    *,
+    t: int,
+    lr: float = 1.0,
+    weight_decay: float = 0.0,
+    grad_scale: float = 1.0,
+    max_grad_norm: float | None = None,
+    outputs: Sequence[np.ndarray] | None = None,
+    apply: bool = True,
+    pool: str = "own",
+    threads: int = 1,
+) -> None:
+    """One step of the kernel over all `params`, in place.
+
+    Args:
+        theta: named meta-parameters (`Spec.theta_shapes`).
+        params, grads: equal shapes, float32 or float64, any strides; a parameter may not overlap itself.
+        states: accumulators in the layouts of `init_state`; overwritten.
+        t: steps taken before.
+        max_grad_norm: bound on the norm of all gradients together, None for none.
+        outputs: where results go, of the parameters' shapes and types; default: the parameters themselves.
+        apply: the result is the new parameter; if False, what is to be added to it.
+        pool: "serial", "own" (std::thread) or "openmp" (the libgomp that the process has loaded).
+
+    Raises:
+        BackendError: the compiled module is missing, or its kernels do not have the columns of `spec`.
+        SpecError: `theta` does not fit `spec`.
+        ValueError: an array that cannot be used, named by its position. Nothing has been written then.
+    """
+    choose(spec, "cpu", DTYPES[0], backend="cpu")
+    flat = flat_theta(spec, theta)
+    if not (math.isfinite(lr) and math.isfinite(weight_decay)):
+        raise ValueError(f"lr={lr}, weight_decay={weight_decay}: must be finite")
+    if t < 0 or (max_grad_norm is not None and not max_grad_norm > 0):
+        raise ValueError(
+            f"t={t}, max_grad_norm={max_grad_norm}: t is a number of steps, the norm positive or None"
+        )
+    results = params if outputs is None else outputs
+    if not len(params) == len(grads) == len(states) == len(results):
+        raise ValueError("params, grads, states and outputs must be equally many")
+    records, addresses = [], []
+    for i, (p, g, state, result) in enumerate(zip(params, grads, states, results, strict=True)):
+        placement = Placement.of(p.shape, p.strides)
+        if p.dtype.name not in DTYPES:
+            raise ValueError(f"params[{i}] has type {p.dtype}: the kernel takes float32 and float64")
+        for name, array, written in (("params", p, True), ("grads", g, False), ("outputs", result, True)):
+            if array.shape != p.shape or array.dtype != p.dtype:
+                raise ValueError(f"{name}[{i}] is {array.dtype}{array.shape}, params[{i}] {p.dtype}{p.shape}")
+            if not array.flags.aligned or any(s % p.itemsize for s in array.strides):
+                raise ValueError(f"{name}[{i}] is not aligned to its item size: pass a copy")
+            if written and (overlaps(array.shape, array.strides) or not array.flags.writeable):
+                raise ValueError(f"{name}[{i}] overlaps itself or is read-only: pass a copy")
+        layouts = placement.state_layouts(spec)
+        for name, array in zip(TensorState._fields, state, strict=True):
+            shape, strides = layouts.get(name, ((0,), (1,)))
+            found = tuple(s // p.itemsize for s in array.strides)
+            same = all(n <= 1 or a == b for n, a, b in zip(shape, found, strides, strict=False))
+            if array.shape != shape or array.dtype != p.dtype or (not same and 0 not in shape):
+                raise ValueError(
+                    f"states[{i}].{name} is {array.dtype}{array.shape} with strides {found}, expected "
+                    f"{p.dtype}{shape} with strides {strides}: use init_state(spec, params[{i}])"
+                )
+        records.append(placement.record(p.dtype.name, {n: a.ctypes.data for n, a in state._asdict().items()}))
+        addresses.append(
+            [
+                (a.ctypes.data, placement.strides_of_view([s // p.itemsize for s in a.strides]))
+                for a in (p, g, result)
+            ]
+        )
+    native().small_fc_step(
+        spec=kernel_spec(spec),
+        theta_float32=flat["float32"].ctypes.data,
+        theta_float64=flat["float64"].ctypes.data,
+        records=records,
+        params=[a[0] for a in addresses],
+        grads=[a[1] for a in addresses],
+        outputs=[a[2] for a in addresses],
+        apply=apply,
+        lr=lr,
+        weight_decay=weight_decay,
+        grad_scale=grad_scale,
+        t=t,
+        max_grad_norm=max_grad_norm,
+        pool=pool,
+        threads=threads,
+    )
