@@ -1,0 +1,222 @@
+"""One step over a whole tree of parameters: the custom call of the CPU kernel, and the reference in its place.
+
+Both take and return the same arrays. The custom call aliases state with new state, and parameters with new parameters
+or else gradients with updates, so that what is donated or an intermediate result is overwritten in place; of anything
+else XLA makes a copy first. Under vmap it becomes one call with leading batch dimensions on everything. Operands and
+attributes are listed in csrc/xla.cc, which decodes them.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.backend
+import jax.numpy as jnp
+import numpy as np
+
+from .. import reference
+from ..backends import BackendError, BackendWarning, choose, native
+from ..layout import loops
+from ..reference import Array
+from ..spec import Spec
+from .state import Layout, put, take
+
+_TARGET = "lopt_fast_small_fc_step"
+_FORMAT = 1  # of the attributes; csrc/xla.cc refuses others
+
+
+class Theta(NamedTuple):
+    """Meta-parameters, by dtype of the parameters: what the chosen backend does not read may be missing."""
+
+    flat: dict[str, Array]
+    """(theta_size,), as the kernels take them."""
+    named: dict[str, dict[str, Array]]
+    """Arrays of `Spec.theta_shapes`."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is fixed when a step is traced."""
+
+    spec: Spec
+    layout: Layout
+    present: tuple[int, ...]
+    """Indices of the leaves that have a gradient."""
+    clip: bool
+    apply: bool
+    """Return new parameters instead of what is to be added to them."""
+    backend: str
+    """"cpu", "reference", or "by_platform": chosen when the program is lowered."""
+
+
+@partial(jax.jit, static_argnums=0)
+def learned_optimizer_step(
+    step: Step,
+    theta: Theta,
+    count: Array,
+    scalars: Array,
+    buffers: list[Array],
+    params: list[Array],
+    grads: list[Array],
+) -> tuple[list[Array], list[Array]]:
+    """(outputs, new state buffers).
+
+    Args:
+        count: int32 [], steps taken before.
+        scalars: (3,) learning rate, weight decay, largest gradient norm.
+        buffers: state buffers of `step.layout`.
+        params, grads: of the leaves `step.present`, in order.
+    """
+    if not params:
+        return [], buffers
+    kernel, plain = partial(_kernel, step), partial(_reference, step)
+    arguments = (theta, count, scalars, buffers, params, grads)
+    if step.backend == "by_platform":
+        return jax.lax.platform_dependent(*arguments, cpu=kernel, default=plain)
+    return (kernel if step.backend == "cpu" else plain)(*arguments)
+
+
+def resolve(spec: Spec, dtypes: Sequence[str], backend: str) -> str:
+    """`Step.backend` for the name that the user gave.
+
+    Raises BackendError if `backend` is unknown or cannot be used here. With "auto" the reference is taken where there
+    is no kernel, with a warning that says so once.
+    """
+    default_platform = jax.default_backend()
+    platforms = _platforms()
+    if backend == "auto" and default_platform != "cpu":
+        choose(spec, default_platform, dtypes[0], backend)  # warns that this platform has no kernel yet
+    device = "cpu" if "cpu" in platforms else default_platform
+    chosen = {choose(spec, device, dtype, backend) for dtype in dtypes}
+    if chosen != {"cpu"}:
+        return "reference"
+    if reason := registration_failure():
+        if backend != "auto":
+            raise BackendError(f"backend='cpu' cannot be used: {reason}")
+        _warn_once(f"small_fc_lopt uses the reference implementation, which is slow: {reason}")
+        return "reference"
+    return "by_platform" if backend == "auto" and platforms != {"cpu"} else "cpu"
+
+
+def _platforms() -> set[str]:
+    """Platforms for which a program may be lowered in this process."""
+    return set(jax.extend.backend.backends())
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, BackendWarning, stacklevel=5)
+
+
+@cache
+def registration_failure() -> str | None:
+    """Register the custom call with JAX at first use; None, or the reason why JAX refuses it."""
+    try:
+        handler = native().xla_handlers()["small_fc_step"]
+        jax.ffi.register_ffi_target(_TARGET, handler, platform="cpu")
+    except Exception as error:  # a handler that is refused must not take JAX down with it
+        return f"JAX {jax.__version__} does not take the custom call ({type(error).__name__}: {error})"
+    return None
+
+
+def _kernel(
+    step: Step,
+    theta: Theta,
+    count: Array,
+    scalars: Array,
+    buffers: list[Array],
+    params: list[Array],
+    grads: list[Array],
+) -> tuple[list[Array], list[Array]]:
+    spec = step.spec
+    leaves = [step.layout.leaves[i] for i in step.present]
+    operands = vary_like([count, scalars, *theta.flat.values(), *buffers, *params, *grads], ())
+    first_buffer = 2 + len(theta.flat)
+    first_param = first_buffer + len(buffers)
+    first_in_place = first_param if step.apply else first_param + len(params)
+    aliases = {first_buffer + i: i for i in range(len(buffers))}
+    aliases |= {first_in_place + i: len(buffers) + i for i in range(len(params))}
+    # The operands that results are like describe them, with the mesh axes that they vary over.
+    results = operands[first_buffer : first_param + len(params)]
+    table = [
+        [*(int(n) for n in astuple(loops(leaf.shape))), *(n for slot in leaf.slots for n in _place(slot))]
+        for leaf in leaves
+    ]
+    call = jax.ffi.ffi_call(
+        _TARGET,
+        results,
+        vmap_method="broadcast_all",
+        input_output_aliases=aliases,
+    )
+    out = call(
+        *operands,
+        call=np.array(
+            [_FORMAT, len(theta.flat), len(leaves), spec.hidden_size, spec.hidden_layers, spec.scale == "parameter_rms",
+             spec.statistics == "lagged", step.clip, step.apply],
+            np.int64,
+        ),
+        reals=np.array([spec.step_mult, spec.exp_mult, spec.scale_epsilon], np.float64),
+        sizes=np.array([math.prod(shape) for shape in step.layout.shapes], np.int64),
+        leaves=np.array(table, np.int64).reshape(-1),
+    )  # fmt: skip
+    return list(out[len(buffers) :]), list(out[: len(buffers)])
+
+
+def _place(slot: Any) -> tuple[int, int]:
+    return (slot.buffer, slot.offset) if slot.size else (-1, 0)
+
+
+def vary_like(arrays: list[Array], others: Sequence[Array]) -> list[Array]:
+    """Inside shard_map: `arrays` as varying over all mesh axes that any of the arrays or the others varies over."""
+    wanted = frozenset().union(*(_varying_axes(a) for a in (*arrays, *others)))
+    if not wanted:
+        return arrays
+    missing = [tuple(sorted(wanted - _varying_axes(a))) for a in arrays]
+    return [_cast(a, axes) if axes else a for a, axes in zip(arrays, missing, strict=True)]
+
+
+def _cast(array: Array, axes: tuple[str, ...]) -> Array:
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(array, axes, to="varying")
+    return jax.lax.pvary(array, axes)  # before jax 0.8
+
+
+def _varying_axes(array: Array) -> frozenset[str]:
+    if not hasattr(jax, "typeof"):  # before jax 0.6
+        return frozenset()
+    aval: Any = jax.typeof(array)
+    if hasattr(aval, "manual_axis_type"):
+        return frozenset(aval.manual_axis_type.varying)
+    return frozenset(getattr(aval, "vma", ()))  # before jax 0.10
+
+
+def _reference(
+    step: Step,
+    theta: Theta,
+    count: Array,
+    scalars: Array,
+    buffers: list[Array],
+    params: list[Array],
+    grads: list[Array],
+) -> tuple[list[Array], list[Array]]:
+    new_buffers, outputs = list(buffers), []
+    grad_scale: Array = jnp.ones((), scalars.dtype)
+    if step.clip:
+        norm = jnp.sqrt(sum(jnp.sum(jnp.square(g.astype(scalars.dtype))) for g in grads))
+        grad_scale = jnp.minimum(1.0, scalars[2] / (norm + reference.CLIP_EPSILON))
+    for index, p, g in zip(step.present, params, grads, strict=True):
+        leaf = step.layout.leaves[index]
+        lr, weight_decay, scale = (x.astype(p.dtype) for x in (scalars[0], scalars[1], grad_scale))
+        delta, state = reference.update(
+            step.spec, theta.named[leaf.dtype], p, g, take(buffers, leaf), count,
+            lr=lr, weight_decay=weight_decay, grad_scale=scale,
+        )  # fmt: skip
+        put(new_buffers, leaf, state)
+        outputs.append(p + delta if step.apply else delta)
+    return outputs, new_buffers

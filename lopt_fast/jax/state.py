@@ -1,0 +1,171 @@
+"""Optimizer state in few arrays: a call costs about a microsecond for each array that goes in and out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ..reference import Array, TensorState, init_state
+from ..spec import Spec
+
+PACKED_SIZE = 65_536
+"""Parameters of at most so many elements share the packed arrays; larger ones get an array of their own."""
+
+_ALIGNMENT = 16  # elements: every parameter's state in a packed array starts on a cache line
+
+
+class LearnedOptimizerState(NamedTuple):
+    """State of `lopt_fast.jax.learned_optimizer`; the same for every backend."""
+
+    count: Array
+    """int32, steps taken."""
+    packed: dict[str, Array]
+    """By dtype, one flat array: the accumulators of small parameters, the row and column accumulators of all."""
+    moments: Any
+    """Tree of the parameters. Large ones: (momentum and second-moment decays, *shape), sharded as they are (with the
+    full-size factored accumulator behind, where rank < 2); None for those in `packed`."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one accumulator lies: elements [offset, offset + size) of the flat state buffer, C order."""
+
+    buffer: int
+    offset: int
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One parameter tensor and where its state lies; accumulators that it does not have are slots of size 0."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    slots: TensorState
+    own: int | None
+    """Its own state buffer, if any."""
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The state buffers of a tree of parameters: first the packed ones, then those of large parameters in order."""
+
+    leaves: tuple[Leaf, ...]
+    packed: tuple[str, ...]
+    """Dtypes of the packed buffers, which come first."""
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[str, ...]
+
+    def zeros(self) -> list[Array]:
+        return [jnp.zeros(s, d) for s, d in zip(self.shapes, self.dtypes, strict=True)]
+
+    def unflatten(self, count: Array, buffers: Sequence[Array], treedef: Any) -> LearnedOptimizerState:
+        own = [None if leaf.own is None else buffers[leaf.own] for leaf in self.leaves]
+        packed = dict(zip(self.packed, buffers, strict=False))
+        return LearnedOptimizerState(count, packed, treedef.unflatten(own))
+
+    def flatten(self, state: LearnedOptimizerState, treedef: Any) -> tuple[Array, list[Array]]:
+        """The count and the buffers of `state`. Raises ValueError, naming what does not fit these parameters."""
+        remedy = "make it with `init` of the same optimizer, from parameters of the same shapes and types"
+        if not isinstance(state, LearnedOptimizerState):
+            raise ValueError(f"state is a {type(state).__name__}, not a LearnedOptimizerState: {remedy}")
+        if sorted(state.packed) != sorted(self.packed):
+            raise ValueError(f"state.packed has {sorted(state.packed)}, not {sorted(self.packed)}: {remedy}")
+        try:
+            own = treedef.flatten_up_to(state.moments)
+        except ValueError as error:
+            raise ValueError(f"state.moments is not a tree like params ({error}): {remedy}") from None
+        named = [(f"state.packed[{dtype!r}]", state.packed[dtype]) for dtype in self.packed]
+        for leaf, moments in zip(self.leaves, own, strict=True):
+            if (leaf.own is None) != (moments is None):
+                wanted = "None" if leaf.own is None else f"an array {self.shapes[leaf.own]}"
+                raise ValueError(f"state.moments{leaf.path} is not {wanted}: {remedy}")
+            if moments is not None:
+                named.append((f"state.moments{leaf.path}", moments))
+        for (name, buffer), shape, dtype in zip(named, self.shapes, self.dtypes, strict=True):
+            if tuple(jnp.shape(buffer)) != shape or jnp.result_type(buffer) != dtype:
+                raise ValueError(
+                    f"{name} is {jnp.result_type(buffer)}{tuple(jnp.shape(buffer))}, expected {dtype}{shape}: {remedy}"
+                )
+        if jnp.shape(state.count) != () or not jnp.issubdtype(jnp.result_type(state.count), jnp.integer):
+            raise ValueError(f"state.count must be an integer scalar, not {state.count!r}: {remedy}")
+        return jnp.asarray(state.count, jnp.int32), [jnp.asarray(buffer) for _, buffer in named]
+
+
+def take(buffers: Sequence[Array], leaf: Leaf) -> TensorState:
+    """The accumulators of one parameter, out of the buffers."""
+
+    def get(slot: Slot) -> Array:
+        if slot.size == 0:
+            return jnp.zeros(slot.shape, leaf.dtype)
+        flat = jnp.reshape(buffers[slot.buffer], (-1,))
+        return jnp.reshape(flat[slot.offset : slot.offset + slot.size], slot.shape)
+
+    return TensorState(*(get(slot) for slot in leaf.slots))
+
+
+def put(buffers: list[Array], leaf: Leaf, state: TensorState) -> None:
+    """Replace the accumulators of one parameter in the list of buffers."""
+    for slot, value in zip(leaf.slots, state, strict=True):
+        if slot.size:
+            whole, part = buffers[slot.buffer], slice(slot.offset, slot.offset + slot.size)
+            flat = jnp.reshape(whole, (-1,)).at[part].set(jnp.reshape(value, (-1,)))
+            buffers[slot.buffer] = jnp.reshape(flat, whole.shape)
+
+
+@lru_cache(maxsize=64)
+def layout(
+    spec: Spec, leaves: tuple[tuple[str, tuple[int, ...], str], ...], packed: tuple[str, ...]
+) -> Layout:
+    """Layout for (path, shape, dtype) of each parameter; `packed` are the dtypes that JAX has at the moment."""
+    sizes = [0] * len(packed)
+    shapes: list[tuple[int, ...]] = []
+    found: list[Leaf] = []
+    abstract = [jax.ShapeDtypeStruct(shape, dtype) for _, shape, dtype in leaves]
+    states = jax.eval_shape(lambda ps: [init_state(spec, p) for p in ps], abstract)
+    for (path, shape, dtype), state in zip(leaves, states, strict=True):
+        shared = packed.index(dtype)
+        empty = 0 in shape
+        large = math.prod(shape) > PACKED_SIZE
+        own: int | None = None
+        decays = 0  # leading axis of the own buffer so far
+        start = sizes[shared]
+        slots = []
+        for array in state:
+            size = 0 if empty else math.prod(array.shape)
+            if size and large and array.shape[1:] == shape:
+                own = len(packed) + len(shapes)
+                slots.append(Slot(own, decays * math.prod(shape), array.shape))
+                decays += array.shape[0]
+            elif size:
+                slots.append(Slot(shared, sizes[shared], array.shape))
+                sizes[shared] += size
+            else:
+                slots.append(Slot(shared, 0, (0,)))
+        if own is not None:
+            shapes.append((decays, *shape))
+        if sizes[shared] > start:
+            sizes[shared] = -(-sizes[shared] // _ALIGNMENT) * _ALIGNMENT
+        found.append(Leaf(path, shape, dtype, TensorState(*slots), own))
+    dtypes = [*packed, *(leaf.dtype for leaf in found if leaf.own is not None)]
+    return Layout(tuple(found), packed, (*((n,) for n in sizes), *shapes), tuple(dtypes))
+
+
+def packed_dtypes() -> tuple[str, ...]:
+    """Dtypes that parameters may have: always the same packed arrays, whatever the parameters are."""
+    return ("float32", "float64") if jax.config.jax_enable_x64 else ("float32",)
