@@ -166,7 +166,7 @@ TensorStep<T> describe(const Spec& spec, const Tensor& tensor, double clip) {
   c.d_second_moment = d[kMomenta];
   for (int k = 0; k < kFactored; ++k) c.d_factored[k] = d[kMomenta + 1 + k];
   c.slow = true;
-  for (int k = 0; k < kMomenta + 1 + kFactored; ++k) c.slow = c.slow && d[k] <= T(0.5);
+  for (int k = 1; k < kMomenta + 1; ++k) c.slow = c.slow && d[k] <= T(0.5);
   c.w1 = c.theta + at.w1;
   c.b1 = c.theta + at.b1;
 

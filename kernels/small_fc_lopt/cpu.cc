@@ -416,7 +416,8 @@ void expand(const TensorStep<T>& c, Row row, int64_t e, int64_t n, int64_t rows,
   }
 }
 
-// Rates of the accumulators as vectors. Slow: none is above 1/2.
+// Rates of the accumulators as vectors, and how they move. Slow: those of the second moment and of all
+// momenta but the first are at most 1/2. The first momentum is often meta-trained to forget at once.
 template <typename T, bool Slow>
 struct Rates {
   Vec<T> grad_scale, momentum[kMomenta], second_moment, factored[kFactored];
@@ -425,8 +426,11 @@ struct Rates {
     for (int k = 0; k < kMomenta; ++k) momentum[k] = splat(c.d_momentum[k]);
     for (int k = 0; k < kFactored; ++k) factored[k] = splat(c.d_factored[k]);
   }
-  LOPT_INLINE Vec<T> average(Vec<T> a, Vec<T> d, Vec<T> x) const {
-    return Slow ? slow_average(a, d, x) : lopt::average(a, d, x);
+  LOPT_INLINE Vec<T> move_momentum(int k, Vec<T> m, Vec<T> g) const {
+    return Slow && k > 0 ? slow_average(m, momentum[k], g) : average(m, momentum[k], g);
+  }
+  LOPT_INLINE Vec<T> move_second_moment(Vec<T> v, Vec<T> square) const {
+    return Slow ? slow_average(v, second_moment, square) : average(v, second_moment, square);
   }
 };
 
@@ -474,10 +478,10 @@ LOPT_INLINE void features(const Rates<T, Slow>& rate, const Segment<T>& s, int64
     g[n] = in(s.g, n) * rate.grad_scale;
     p[n] = in(s.p, n);
     v[n] = in(s.v, n);
-    v[n] = rate.average(v[n], rate.second_moment, g[n] * g[n]);
+    v[n] = rate.move_second_moment(v[n], g[n] * g[n]);
     for (int k = 0; k < kMomenta; ++k) {
       m[k][n] = in(s.m[k], n);
-      m[k][n] = rate.average(m[k][n], rate.momentum[k], g[n]);
+      m[k][n] = rate.move_momentum(k, m[k][n], g[n]);
     }
     if (Write) {
       out(s.v, n, v[n]);
@@ -509,7 +513,7 @@ LOPT_INLINE void features(const Rates<T, Slow>& rate, const Segment<T>& s, int64
       V d[N], root[N];
       for (int n = 0; n < N; ++n) {
         d[n] = in(s.d[k.value], n);
-        d[n] = rate.average(d[n], rate.factored[k.value], g[n] * g[n] + T(kSquareEpsilon));
+        d[n] = average(d[n], rate.factored[k.value], g[n] * g[n] + T(kSquareEpsilon));
         if (Write) out(s.d[k.value], n, d[n]);
         scale_g[n] = rsqrt<T>(at_least<T>(splat(T(kFactorFloor)), d[n] + T(kDiagonalEpsilon)));
         scale_m[n] = rsqrt<T>(d[n] + T(kRmsEpsilon));
@@ -608,7 +612,7 @@ LOPT_INLINE void add_feature_squares(const Rates<T, Slow>& rate, const Segment<T
   if (!Tail) prefetch<T, Mode::row_scalar, 1>(s, i);
   const V g = in(s.g) * rate.grad_scale, p = in(s.p), g_square = g * g;
   V v = in(s.v);
-  v = rate.average(v, rate.second_moment, g_square);
+  v = rate.move_second_moment(v, g_square);
   V inverse = reciprocal<T>(v + T(kRmsEpsilon));
   if (Tail) inverse = first_lanes<T>(inverse, lanes);  // the others are zero where the input is
   sums[fG] += g_square;
@@ -617,7 +621,7 @@ LOPT_INLINE void add_feature_squares(const Rates<T, Slow>& rate, const Segment<T
   sums[fRsqrtV] += inverse;
   for (int k = 0; k < kMomenta; ++k) {
     V m = in(s.m[k]);
-    m = rate.average(m, rate.momentum[k], g);
+    m = rate.move_momentum(k, m, g);
     const V m_square = m * m, y = in(s.y[k]), y_square = y * y;
     sums[fM + k] += m_square;
     sums[fMRsqrtV + k] += m_square * inverse;
@@ -986,7 +990,7 @@ void apply_narrow_in(const TensorStep<T>& c, int64_t tile) {
 template <typename T, bool Lagged>
 void apply_as(const TensorStep<T>& c, int64_t tile) {
   if constexpr (sizeof(T) == sizeof(float)) {
-    // Rates above 1/2 are rare: they go the way of the wide networks.
+    // Other rates above 1/2 are rare: they go the way of the wide networks.
     switch (c.slow ? 10 * c.hidden_size + c.hidden_layers : 0) {
       case 21:
         return apply_narrow_in<T, 2, 1, Lagged>(c, tile);
