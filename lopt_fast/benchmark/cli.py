@@ -1,0 +1,295 @@
+"""The subcommands of `lopt-fast bench`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+
+from ..backends import BackendError, choose
+from ..spec import Spec, SpecError, Statistics
+from . import BenchmarkError, contenders, memory, passes, peers, records, report, update, width, workloads
+from .contenders import Config, Framework
+
+app = typer.Typer(no_args_is_help=True, help="Time optimizer steps. Ratios are paired within one run.")
+
+Sizes = Annotated[
+    str,
+    typer.Option(
+        help="1024 (a square matrix), 512x2048, 300:1000 or 300:25x40 (300 tensors); several by commas."
+    ),
+]
+Widths = Annotated[str, typer.Option("--width", help="Hidden units, several by commas.")]
+StatisticsList = Annotated[str, typer.Option("--statistics", help="exact, lagged, or both by a comma.")]
+Frameworks = Annotated[str, typer.Option("--framework", help="torch, jax, or both by a comma.")]
+Threads = Annotated[
+    int | None, typer.Option(help="Processors to use; by default all that this process may use.")
+]
+Backend = Annotated[str, typer.Option(help="Backend of lopt_fast: auto, cpu or reference.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the record here.")]
+Seconds = Annotated[float, typer.Option(help="How long to time each contender of a comparison.")]
+Rounds = Annotated[int | None, typer.Option(min=1, help="Samples of each contender, instead of --seconds.")]
+Burst = Annotated[
+    int | None,
+    typer.Option(min=1, help="Steps in a row for one sample (default: 1, more for steps under 0.5 ms)."),
+]
+Gradients = Annotated[
+    bool,
+    typer.Option(
+        "--donate-gradients/--keep-gradients",
+        help="JAX: gradients as intermediates of a training step, or as arguments that stay alive.",
+    ),
+]
+
+_console = Console(stderr=True)
+Value = TypeVar("Value")
+
+
+def _say(text: str) -> None:
+    _console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """What the user can put right is one line and exit status 2."""
+    try:
+        yield
+    except (BenchmarkError, SpecError, BackendError) as error:
+        _console.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+
+
+def _list(option: str, text: str, read: Callable[[str], Value]) -> list[Value]:
+    try:
+        values = [read(part.strip()) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise BenchmarkError(f"{option} {text!r}: {error}") from error
+    if not values:
+        raise BenchmarkError(f"{option} {text!r}: give at least one")
+    return values
+
+
+def _width(text: str) -> int:
+    return Spec(hidden_size=int(text)).hidden_size
+
+
+def _framework(text: str) -> Framework:
+    for name in contenders.FRAMEWORKS:
+        if text == name:
+            return name
+    raise BenchmarkError(f"--framework {text!r}: choose from {', '.join(contenders.FRAMEWORKS)}")
+
+
+def _statistics(text: str) -> Statistics:
+    if text == "exact":
+        return "exact"
+    if text == "lagged":
+        return "lagged"
+    raise BenchmarkError(f"--statistics {text!r}: choose from exact, lagged")
+
+
+def _config(threads: int | None, backend: str = "auto", donate_gradients: bool = True) -> Config:
+    chosen = records.available_threads() if threads is None else threads
+    records.limit_threads(chosen)
+    used = choose(Spec(), "cpu", "float32", backend)
+    return Config(threads=chosen, backend=used, donate_gradients=donate_gradients)
+
+
+def _finish(
+    benchmark: str,
+    results: Sequence[Mapping[str, Any]],
+    config: Config,
+    options: Mapping[str, Any],
+    load: float | None,
+    file: Path | None,
+) -> dict[str, Any]:
+    record = records.record(benchmark, results, threads=config.threads, options=options, load_average=load)
+    if file is not None:
+        records.write(file, record)
+    typer.echo(report.render(record))
+    return record
+
+
+def _load() -> float | None:
+    """Load average before the run; says so where something else is running."""
+    if not hasattr(os, "getloadavg"):
+        return None
+    load = os.getloadavg()[0]
+    if load > 0.5:
+        _say(f"load average {load:.1f}: something else is running, the times will be too long")
+    return load
+
+
+@app.command("update")
+def update_command(
+    sizes: Sizes = "256,512,1024,2048,4096,300:1000,300:25x40",
+    widths: Widths = "4,32",
+    statistics: StatisticsList = "exact,lagged",
+    framework: Frameworks = "torch,jax",
+    threads: Threads = None,
+    backend: Backend = "auto",
+    framework_code: Annotated[
+        bool, typer.Option(help="Also time framework code (matmul and element-wise), which is slow.")
+    ] = True,
+    donate_gradients: Gradients = True,
+    seconds: Seconds = 1.5,
+    rounds: Rounds = None,
+    burst: Burst = None,
+    slowest_step: Annotated[
+        float, typer.Option(help="Leave out framework code slower than this, in seconds.")
+    ] = 60.0,
+    json: Json = None,
+) -> None:
+    """One step against torch AdamW (fused, foreach), optax AdamW and framework code."""
+    with _errors():
+        config = _config(threads, backend, donate_gradients)
+        load = _load()
+        budget = update.Budget(seconds=seconds, slowest_step=slowest_step, rounds=rounds, burst=burst)
+        results = update.run(
+            workloads.parse_list(sizes),
+            _list("--width", widths, _width),
+            _list("--statistics", statistics, _statistics),
+            _list("--framework", framework, _framework),
+            config,
+            framework_code=framework_code,
+            session=update.Session(budget, _say),
+        )
+        options = {"backend": config.backend, "donate_gradients": donate_gradients, "dtype": "float32"}
+        _finish("update", results, config, options, load, json)
+
+
+@app.command("passes")
+def passes_command(
+    sizes: Sizes = "1024,4096,300:1000",
+    widths: Widths = "4,32",
+    statistics: StatisticsList = "exact,lagged",
+    threads: Threads = None,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="How often the copy and a few steps follow each other.")
+    ] = 7,
+    json: Json = None,
+) -> None:
+    """Each pass alone with its bytes and GB/s, against a measured copy."""
+    with _errors():
+        config = _config(threads)
+        load = _load()
+        results = passes.run(
+            workloads.parse_list(sizes),
+            _list("--width", widths, _width),
+            _list("--statistics", statistics, _statistics),
+            config,
+            rounds=rounds,
+            say=_say,
+        )
+        _finish("passes", results, config, {"dtype": "float32"}, load, json)
+
+
+@app.command("width")
+def width_command(
+    size: Annotated[str, typer.Option(help="Tensors, as in `lopt-fast bench update --sizes`.")] = "512",
+    widths: Widths = width.WIDTHS,
+    framework: Frameworks = "torch,jax",
+    threads: Threads = None,
+    backend: Backend = "auto",
+    seconds: Seconds = 2.0,
+    rounds: Rounds = None,
+    slowest_step: Annotated[
+        float, typer.Option(help="Leave out framework code slower than this, in seconds.")
+    ] = 60.0,
+    plot: Annotated[Path | None, typer.Option(help="PNG; by default beside --json, or width.png.")] = None,
+    json: Json = None,
+) -> None:
+    """The cost of the width: fused, framework matmul, framework element-wise (the paper's Figure 3b)."""
+    with _errors():
+        config = _config(threads, backend)
+        load = _load()
+        results = width.run(
+            workloads.parse(size),
+            sorted(_list("--width", widths, _width)),
+            _list("--framework", framework, _framework),
+            config,
+            update.Session(update.Budget(seconds=seconds, slowest_step=slowest_step, rounds=rounds), _say),
+        )
+        record = _finish(
+            "width", results, config, {"backend": config.backend, "dtype": "float32"}, load, json
+        )
+        target = plot or (json.with_suffix(".png") if json else Path("width.png"))
+        try:
+            width.plot(record, target)
+            typer.echo(f"plot: {target}")
+        except ImportError as error:
+            raise BenchmarkError(f"the plot needs matplotlib ({error}): install lopt_fast[plot]") from error
+
+
+@app.command("memory")
+def memory_command(
+    sizes: Sizes = "1024,4096",
+    width_: Annotated[int, typer.Option("--width", help="Hidden units.")] = 4,
+    statistics: StatisticsList = "exact,lagged",
+    framework: Frameworks = "torch,jax",
+    threads: Threads = None,
+    backend: Backend = "auto",
+    framework_code: Annotated[bool, typer.Option(help="Also framework code, for comparison.")] = False,
+    donate_gradients: Gradients = True,
+    json: Json = None,
+) -> None:
+    """Peak memory during a step: no temporary may grow with the number of parameters."""
+    with _errors():
+        config = _config(threads, backend, donate_gradients)
+        chosen = _list("--framework", framework, _framework)
+        results: list[dict[str, Any]] = []
+        for i, mode in enumerate(_list("--statistics", statistics, _statistics)):
+            kinds = [
+                (f, k)
+                for f in chosen
+                for k in contenders.KINDS[f]
+                if k.startswith("lopt_fast") or (i == 0 and (framework_code or k.startswith("adamw")))
+            ]
+            described = replace(config, width=_width(str(width_)), statistics=mode)
+            results += memory.run(workloads.parse_list(sizes), kinds, described, say=_say)
+        options = {"backend": config.backend, "donate_gradients": donate_gradients, "dtype": "float32"}
+        _finish("memory", results, config, options, None, json)
+
+
+@app.command("peers")
+def peers_command(
+    sizes: Sizes = "256,1024",
+    widths: Widths = "4,32",
+    threads: Threads = None,
+    backend: Backend = "auto",
+    seconds: Seconds = 5.0,
+    rounds: Rounds = None,
+    json: Json = None,
+) -> None:
+    """google/learned_optimization and PyLO with the same meta-parameters, when they can be imported."""
+    with _errors():
+        config = _config(threads, backend)
+        load = _load()
+        results = peers.run(
+            workloads.parse_list(sizes),
+            _list("--width", widths, _width),
+            config,
+            budget=update.Budget(seconds=seconds, rounds=rounds),
+            say=_say,
+        )
+        _finish("peers", results, config, {"backend": config.backend, "dtype": "float32"}, load, json)
+
+
+@app.command("report")
+def report_command(
+    files: Annotated[list[Path], typer.Argument(help="Records that --json wrote.")],
+    summary: Annotated[bool, typer.Option(help="Of update records the short table alone.")] = False,
+) -> None:
+    """Print records as tables in Markdown."""
+    with _errors():
+        for record in [records.read(file) for file in files]:
+            if summary and record["benchmark"] == "update":
+                typer.echo(f"{report.summary(record)}\n\n{report.origin(record)}\n")
+            else:
+                typer.echo(report.render(record) + "\n")

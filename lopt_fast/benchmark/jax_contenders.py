@@ -1,0 +1,119 @@
+"""Contenders in JAX: a step under one `jit`, parameters and state donated.
+
+AdamW and framework code are `tx.update` and `optax.apply_updates`, `lopt_fast` too; `lopt_fast_step` is its own `step`.
+
+Gradients are arguments. In a training step they would be intermediates, whose memory XLA may reuse for the updates;
+so by default they are donated too, and fresh ones are made before each sample, outside of the timed region. XLA reuses
+the memory of a donated argument only for a result: so `lopt_fast`, whose custom call writes the updates over the
+gradients, returns the updates as well. Nothing is computed or moved for that.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from .. import reference
+from ..architectures import small_fc_lopt
+from .contenders import BETA1, BETA2, EPSILON, LR, WEIGHT_DECAY, Arrays, Config, Contender, Kind, checkpoint
+
+Step = Callable[[Any, Any, Any], tuple[Any, ...]]
+"""(parameters, state, gradients) -> (parameters, state, ...), not yet under jit."""
+
+_UNUSED_DONATION = "Some donated buffers were not usable"
+
+
+def build(kind: Kind, config: Config, parameters: Arrays, gradients: Arrays) -> Contender:
+    transformation = _transformation(kind, config)
+
+    def step(params: Any, state: Any, grads: Any) -> tuple[Any, ...]:
+        if kind == "lopt_fast_step":
+            return transformation.step(grads, state, params)
+        updates, state = transformation.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        return (params, state, updates) if kind == "lopt_fast" else (params, state)
+
+    def start(params: Any) -> tuple[Any, Any]:
+        return params, transformation.init(params)
+
+    return wrap(kind, config, parameters, gradients, start, step)
+
+
+def wrap(
+    kind: str,
+    config: Config,
+    parameters: Arrays,
+    gradients: Arrays,
+    start: Callable[[Any], tuple[Any, Any]],
+    step: Step,
+    read: Callable[[Any, Any], Any] = lambda params, state: params,
+) -> Contender:
+    """Contender around `step` under jit, from `start(parameters)`; `read(parameters, state)` finds the parameters."""
+    donated = (0, 1, 2) if config.donate_gradients else (0, 1)
+    jitted = jax.jit(step, donate_argnums=donated)
+    copies = jax.jit(lambda grads: [jnp.copy(g) for g in grads])
+    # A copy, since an array that shares NumPy's memory could not be donated; on a named device, as the outputs will
+    # be: else the second step would be compiled anew.
+    device = jax.devices("cpu")[0]
+    params, state = jax.device_put(start([jnp.array(p) for p in parameters]), device)
+    fresh = jax.device_put([jnp.array(g) for g in gradients], device)
+    waiting: list[list[jax.Array]] = []
+    warm = 0
+
+    def prepare(steps: int) -> None:
+        del waiting[steps:]
+        while len(waiting) < steps:
+            waiting.append(copies(fresh) if config.donate_gradients else fresh)
+        jax.block_until_ready(waiting)
+
+    def run(steps: int) -> None:
+        nonlocal params, state, warm
+        while warm < 2 and steps:  # a state of weakly typed numbers is compiled a second time
+            with warnings.catch_warnings():
+                # Said at compilation: AdamW has no result that could take the memory of its gradients.
+                warnings.filterwarnings("ignore", message=_UNUSED_DONATION)
+                params, state, *_ = jitted(params, state, waiting.pop())
+            warm, steps = warm + 1, steps - 1
+        for _ in range(steps):
+            params, state, *_ = jitted(params, state, waiting.pop())
+        jax.block_until_ready((params, state))
+
+    def values() -> list[np.ndarray]:
+        return [np.asarray(p) for p in read(params, state)]
+
+    return Contender("jax", kind, prepare, run, values)
+
+
+def _transformation(kind: Kind, config: Config) -> Any:
+    if kind == "adamw":
+        return optax.adamw(LR, b1=BETA1, b2=BETA2, eps=EPSILON, weight_decay=WEIGHT_DECAY)
+    if kind.startswith("lopt_fast"):
+        from ..jax import learned_optimizer
+
+        return learned_optimizer(checkpoint(config), backend=config.backend)
+    return _framework_transformation(kind, config)
+
+
+def _framework_transformation(kind: Kind, config: Config) -> Any:
+    spec = config.spec
+    method: Literal["matmul", "elementwise"] = "matmul" if kind == "matmul" else "elementwise"
+    theta = {name: jnp.asarray(a) for name, a in small_fc_lopt.init_theta(spec, seed=0).items()}
+
+    def init(params: Any) -> Any:
+        return jnp.zeros((), jnp.int32), [reference.init_state(spec, p) for p in params]
+
+    def update(grads: Any, state: Any, params: Any) -> Any:
+        t, states = state
+        pairs = [
+            reference.update(spec, theta, p, g, s, t, method=method)
+            for p, g, s in zip(params, grads, states, strict=True)
+        ]
+        return [delta for delta, _ in pairs], (t + 1, [s for _, s in pairs])
+
+    return optax.GradientTransformation(init, update)

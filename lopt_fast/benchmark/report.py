@@ -1,0 +1,173 @@
+"""Tables in Markdown from records, for the terminal and the README."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+Record = Mapping[str, Any]
+
+FRAMEWORK_CODE = {"matmul", "elementwise"}
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """First column left, the others right."""
+    lines = [f"| {' | '.join(header)} |", "|---|" + "---:|" * (len(header) - 1)]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join(lines)
+
+
+def seconds(value: float) -> str:
+    """Three digits in the unit that suits."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if value >= scale:
+            return f"{digits(value / scale)} {unit}"
+    return f"{digits(value / 1e-9)} ns"
+
+
+def digits(value: float) -> str:
+    """At least three significant digits, no exponent."""
+    magnitude = abs(value)
+    return f"{value:.0f}" if magnitude >= 100 else f"{value:.1f}" if magnitude >= 10 else f"{value:.2f}"
+
+
+def ratio(value: Mapping[str, float] | None) -> str:
+    """Median and spread: `2.71 (2.65 to 2.80)`."""
+    if value is None:
+        return ""
+    return f"{digits(value['median'])} ({digits(value['p10'])} to {digits(value['p90'])})"
+
+
+def origin(record: Record) -> str:
+    """One line: machine, versions, date, command."""
+    machine = record["machine"]
+    versions = [f"{name} {v}" for name, v in record["versions"].items() if v]
+    instructions = f", {machine['instruction_set']}" if machine["instruction_set"] else ""
+    commit = f", commit {record['commit'][:12]}" if record["commit"] else ""
+    return (
+        f"{machine['processor']}, {machine['threads']} of {machine['cores']} cores{instructions}; "
+        f"{', '.join(versions)}; {record['date'][:10]}{commit}; `{record['command']}`"
+    )
+
+
+def comparisons(record: Record) -> str:
+    """Times of update, width and peers records: a row for each contender of each comparison. The last column is the
+    ratio to lopt_fast in the same framework."""
+    header = ["tensors", "width", "statistics", "contender", "time", "ns/param.", "GB/s"]
+    header += ["vs torch AdamW fused", "vs optax AdamW", "vs lopt_fast"]
+    rows, skipped = [], []
+    for result in record["results"]:
+        # The others of such a comparison are there for the ratios, and have rows of their own.
+        names = {c["name"] for c in result["contenders"]}
+        code = {n for n in names if n.partition("/")[2] in FRAMEWORK_CODE and record["benchmark"] == "update"}
+        for c in result["contenders"]:
+            if code and c["name"] not in code:
+                continue
+            learned = "adamw" not in c["name"]
+            rows.append(
+                [
+                    result["workload"],
+                    str(result["width"]) if learned else "",
+                    result["statistics"] if learned else "",
+                    c["name"],
+                    seconds(c["seconds"]["median"]),
+                    digits(c["ns_per_parameter"]),
+                    "" if c["gb_per_second"] is None else digits(c["gb_per_second"]),
+                    ratio(c["ratios"].get("torch/adamw_fused")),
+                    ratio(c["ratios"].get("jax/adamw")),
+                    ratio(c["ratios"].get(c["name"].partition("/")[0] + "/lopt_fast")) if learned else "",
+                ]
+            )
+        skipped += [
+            f"- {name}, {result['workload']}, width {result['width']}: {reason}"
+            for name, reason in result["skipped"].items()
+        ]
+    parts = [table(header, rows)] if rows else []
+    return "\n\n".join(parts + (["Not measured:\n\n" + "\n".join(skipped)] if skipped else []))
+
+
+def summary(record: Record) -> str:
+    """One row for each workload, width and statistics of an update record: the ratios that matter."""
+    header = ["tensors", "width", "statistics", "PyTorch", "vs AdamW fused", "vs AdamW foreach"]
+    header += ["JAX update", "vs optax AdamW", "vs PyTorch", "JAX step", "vs PyTorch"]
+    columns = {
+        "torch/lopt_fast": ("torch/adamw_fused", "torch/adamw_foreach"),
+        "jax/lopt_fast": ("jax/adamw", "torch/lopt_fast"),
+        "jax/lopt_fast_step": ("torch/lopt_fast",),
+    }
+    rows = []
+    for result in record["results"]:
+        found = {c["name"]: c for c in result["contenders"]}
+        if not found or {name.partition("/")[2] for name in found} & FRAMEWORK_CODE:
+            continue
+        row = [result["workload"], str(result["width"]), result["statistics"]]
+        for name, others in columns.items():
+            row.append(seconds(found[name]["seconds"]["median"]) if name in found else "")
+            row += [ratio(found[name]["ratios"].get(other)) if name in found else "" for other in others]
+        rows.append(row)
+    return table(header, rows)
+
+
+def passes(record: Record) -> str:
+    header = [
+        "tensors",
+        "width",
+        "statistics",
+        "pass",
+        "time",
+        "ns/param.",
+        "bytes/param.",
+        "GB/s",
+        "of copy",
+    ]
+    rows = []
+    for result in record["results"]:
+        for p in result["passes"]:
+            rate = p["gb_per_second"]
+            rows.append(
+                [
+                    result["workload"],
+                    str(result["width"]),
+                    result["statistics"],
+                    p["name"].replace("_", " "),
+                    seconds(p["seconds"]["median"]),
+                    digits(p["ns_per_parameter"]),
+                    "" if rate is None else digits(p["bytes_per_parameter"]),
+                    "" if rate is None else digits(rate),
+                    "" if rate is None else f"{100 * p['share_of_copy']:.0f}%",
+                ]
+            )
+    rates = [r["copy_gb_per_second"] for r in record["results"]] or [0.0]
+    copy = f"Measured copy, by comparison: {digits(min(rates))} to {digits(max(rates))} GB/s."
+    return f"{table(header, rows)}\n\n{copy}"
+
+
+def memory(record: Record) -> str:
+    """Increase of the resident set during a step, at each size, and its slope."""
+    sizes = list(dict.fromkeys(label for r in record["results"] for label in r["increase_bytes"]))
+    header = ["contender", "width", "statistics", *sizes, "bytes per parameter"]
+    rows = [
+        [
+            r["name"],
+            str(r["width"]),
+            r["statistics"],
+            *(f"{r['increase_bytes'][s] / 1e6:.1f} MB" if s in r["increase_bytes"] else "" for s in sizes),
+            f"{r['temporary_bytes_per_parameter']:.2f}",
+        ]
+        for r in record["results"]
+    ]
+    return table(header, rows)
+
+
+def render(record: Record) -> str:
+    """The record's tables, then where they come from."""
+    kind = record["benchmark"]
+    if kind == "passes":
+        body = passes(record)
+    elif kind == "memory":
+        body = memory(record)
+    else:
+        body = comparisons(record)
+        if kind == "update":
+            body = f"{summary(record)}\n\n{body}"
+    return f"{body}\n\n{origin(record)}"

@@ -1,0 +1,1 @@
+"""Meta-training of learned optimizers in JAX: tasks, gradient estimator, outer loop, evaluation."""
