@@ -29,11 +29,15 @@ template <>
 struct VectorOf<float> {
   typedef float type __attribute__((vector_size(kVectorBytes)));
   typedef float unaligned __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+  typedef int32_t integer;
+  typedef int32_t index __attribute__((vector_size(kVectorBytes)));
 };
 template <>
 struct VectorOf<double> {
   typedef double type __attribute__((vector_size(kVectorBytes)));
   typedef double unaligned __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
+  typedef int64_t integer;
+  typedef int64_t index __attribute__((vector_size(kVectorBytes)));
 };
 
 template <typename T>
@@ -79,9 +83,9 @@ LOPT_INLINE void store_n<float>(float* p, Vec<float> x, int64_t n) {
 // x in the first n lanes, zeros behind.
 template <typename T>
 LOPT_INLINE Vec<T> first_lanes(Vec<T> x, int64_t n) {
-  Vec<T> y = {};
-  __builtin_memcpy(&y, &x, size_t(n) * sizeof(T));
-  return y;
+  typename VectorOf<T>::index lane;
+  for (int i = 0; i < kLanes<T>; ++i) lane[i] = i;
+  return lane < typename VectorOf<T>::integer(n) ? x : Vec<T>{};
 }
 
 // Sum of the lanes, in a fixed order: halves are added until one lane is left.

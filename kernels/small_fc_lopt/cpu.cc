@@ -650,13 +650,16 @@ void feature_statistics_in(const TensorStep<T>& c, int64_t index) {
             int64_t i = 0;
             if constexpr (M == Mode::unfactored) {
               V p[1];
-              for (; i < n; i += W) {
-                const int64_t lanes = smaller(W, n - i);
-                features<T, M, 1, true, false, false>(rate, s, i, lanes, p,
+              for (; i + W <= n; i += W)
+                features<T, M, 1, false, false, false>(
+                    rate, s, i, W, p, [&](auto f, const V* x) __attribute__((always_inline)) {
+                      sums.template add<false, 1>(f, x, W);
+                    });
+              if (i < n)
+                features<T, M, 1, true, false, false>(rate, s, i, n - i, p,
                                                       [&](auto f, const V* x) __attribute__((always_inline)) {
-                                                        sums.template add<true, 1>(f, x, lanes);
+                                                        sums.template add<true, 1>(f, x, n - i);
                                                       });
-              }
             } else {
               V factored[2 * kFactored] = {};
               for (; i + W <= n; i += W) add_feature_squares<T, false>(rate, s, i, W, sums.part, factored);

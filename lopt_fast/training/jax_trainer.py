@@ -1,0 +1,96 @@
+"""The built-in tasks in JAX; gradient and update are compiled apart, to time each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ..jax import learned_optimizer
+from ..meta import tasks
+from .choices import Choice
+from .problems import Problem, QuadraticProblem, TextProblem
+
+Params = Any
+
+
+class JaxTrainer:
+    """Implements `loop.Trainer`."""
+
+    def __init__(self, problem: Problem, choice: Choice, seed: int, batch_size: int) -> None:
+        init, loss = _functions(problem)
+        self._problem, self._seed, self._batch_size = problem, seed, batch_size
+        self._params: Params = jax.jit(init)(jax.random.key(seed))
+        transformation = _transformation(choice)
+        self._state = jax.jit(transformation.init)(self._params)
+        self.parameters = sum(p.size for p in jax.tree.leaves(self._params))
+
+        def update(params: Params, state: Any, gradient: Params) -> tuple[Params, Any]:
+            if hasattr(transformation, "step"):  # ours: writes the new parameters, no update in between
+                return transformation.step(gradient, state, params)
+            updates, state = transformation.update(gradient, state, params)
+            return optax.apply_updates(params, updates), state
+
+        # Compiled here, so that no step waits for it.
+        self._gradient_of = jax.jit(jax.value_and_grad(loss)).lower(self._params, self._batch(0)).compile()
+        self._update = (
+            jax.jit(update, donate_argnums=(0, 1)).lower(self._params, self._state, self._params).compile()
+        )
+
+    def _batch(self, step: int) -> Any:
+        arrays = self._problem.batch(np.random.default_rng((self._seed, step)), self._batch_size)
+        return _as_jax(arrays)
+
+    def gradient(self, step: int) -> float:
+        loss, self._gradient = jax.block_until_ready(self._gradient_of(self._params, self._batch(step)))
+        return float(loss)
+
+    def update(self) -> None:
+        self._params, self._state = jax.block_until_ready(
+            self._update(self._params, self._state, self._gradient)
+        )
+
+    def state_bytes(self) -> int:
+        return sum(a.nbytes for a in jax.tree.leaves(self._state))
+
+
+def _as_jax(batch: tuple[np.ndarray, ...]) -> Any:
+    arrays = tuple(jnp.asarray(a, jnp.int32 if a.dtype == np.int64 else a.dtype) for a in batch)
+    return arrays[0] if len(arrays) == 1 else arrays
+
+
+def _transformation(choice: Choice) -> Any:
+    if choice.checkpoint is not None:
+        return learned_optimizer(
+            choice.checkpoint, choice.lr, choice.weight_decay, statistics=choice.statistics
+        )
+    if choice.name == "adamw":
+        return optax.adamw(choice.lr, weight_decay=choice.weight_decay)
+    return optax.chain(optax.add_decayed_weights(choice.weight_decay), optax.sgd(choice.lr, momentum=0.9))
+
+
+def _functions(problem: Problem) -> tuple[Callable[..., Params], Callable[..., jax.Array]]:
+    """(init, loss) of the network."""
+    if isinstance(problem, QuadraticProblem):
+
+        def loss(params: Params, batch: Any) -> jax.Array:
+            terms = zip(params, problem.curvatures, problem.targets, strict=True)
+            return sum((0.5 * (h * (p - t) ** 2).sum() for p, h, t in terms), jnp.zeros(()))
+
+        return lambda key: [jnp.zeros(t.shape) for t in problem.targets], loss
+    if isinstance(problem, TextProblem):
+        task = tasks.byte_transformer(
+            problem.text[: problem.context + 2], problem.name, problem.width, problem.layers, problem.heads,
+            problem.context,
+        )  # fmt: skip
+    else:
+        shown = tasks.Dataset(problem.name, problem.images[:1], problem.labels[:1])  # batches are drawn here
+        make = tasks.conv_classifier if problem.convolutions else tasks.mlp_classifier
+        task = make([shown], problem.hidden)
+    if isinstance(problem, TextProblem) or problem.convolutions:
+        return task.init, task.loss
+    return task.init, lambda params, batch: task.loss(params, (batch[0].reshape(len(batch[0]), -1), batch[1]))

@@ -1,0 +1,299 @@
+"""`lopt_fast.verify`: published golden files through all frameworks, and files made here with every variant of the
+format, tampered with, damaged and foreign."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from lopt_fast import reference, verify
+from lopt_fast.architectures import small_fc_lopt
+from lopt_fast.backends import BackendError
+from lopt_fast.cli import app
+from lopt_fast.spec import Spec
+
+FRAMEWORKS = ("numpy", "torch", "jax")
+SHAPES = {"a_scalar": (), "b_vector": (5,), "c_matrix": (4, 6)}
+STEPS = 3
+
+
+def make_golden(folder: Path, hyperparameters: dict[str, Any] | None = None, **options: Any) -> Path:
+    """A golden file of family adafac, as the float64 reference computes it, with its inputs beside it."""
+    given = {"hidden_size": 4, "step_mult": 0.01, "exp_mult": 0.1} | (hyperparameters or {})
+    names = {"initial_momentum_decays", "initial_rms_decays", "initial_adafactor_decays"}
+    fields = {k.removeprefix("initial_") if k in names else k: v for k, v in given.items()}
+    for ignored in ("concat_weights", "make_separate_weights", "split_weights"):
+        fields.pop(ignored, None)
+    spec = Spec.from_dict(fields)
+    rng = np.random.default_rng(1)
+    theta = small_fc_lopt.init_theta(spec, seed=1)
+    theta["momentum_decays"] += np.float32(0.05)
+    params0 = {n: rng.standard_normal(s).astype(np.float32) for n, s in SHAPES.items()}
+    grads = {n: rng.standard_normal((STEPS, *s)).astype(np.float32) for n, s in SHAPES.items()}
+    data: dict[str, np.ndarray] = {}
+    for name, start in params0.items():
+        p, state = start.astype(np.float64), None
+        state = reference.init_state(spec, p)
+        values = []
+        for t in range(STEPS):
+            theta64 = {k: v.astype(np.float64) for k, v in theta.items()}
+            delta, state = reference.update(spec, theta64, p, grads[name][t].astype(np.float64), state, t)
+            p = np.asarray(p + delta)
+            values.append(p)
+        trajectory = np.stack(values)
+        if options.get("thin") == name:
+            data[f"sub_index/{name}"] = index = np.array([1, 3, 3, 8])
+            data[f"params64_sub/{name}"] = trajectory.reshape(STEPS, -1)[:, index]
+            data[f"params_last/{name}"] = trajectory[-1].astype(np.float32)
+        else:
+            data[f"params64/{name}"] = trajectory
+    leaves: dict[str, np.ndarray] = {}
+    for name, value in theta.items():
+        if name.endswith("decays"):
+            leaves[name] = value
+        elif options.get("separate"):
+            leaves |= {
+                f"nn/~/{name}_" + "_".join(map(str, i)): np.asarray(x) for i, x in np.ndenumerate(value)
+            }
+        else:
+            leaves[f"nn/~/{name}"] = value
+    meta = {
+        "family": "adafac", "inputs": "inputs_x.npz", "n_steps": STEPS, "num_steps": 100,
+        "hyperparameters": given, "theta_ref": "weights_x.npz" if options.get("theta_ref") else None,
+    }  # fmt: skip
+    meta |= options.get("meta", {})
+    np.savez(
+        folder / "inputs_x.npz",
+        **{f"params0/{n}": a for n, a in params0.items()},
+        **{f"grads/{n}": a for n, a in grads.items()},
+    )
+    if options.get("theta_ref"):
+        np.savez(folder / "weights_x.npz", meta=np.array("{}"), **leaves)
+        leaves = {}
+    path = folder / "case.npz"
+    np.savez(path, meta=np.array(json.dumps(meta)), **data, **{f"theta/{n}": a for n, a in leaves.items()})
+    return path
+
+
+def edit(path: Path, change: Any) -> Path:
+    """The same file with its arrays changed by `change(dict)`."""
+    with np.load(path) as archive:
+        data = {k: archive[k] for k in archive.files}
+    change(data)
+    np.savez(path, **data)
+    return path
+
+
+def run(*arguments: str | Path) -> Any:
+    return CliRunner().invoke(app, ["verify", *map(str, arguments)])
+
+
+def need(framework: str) -> None:
+    if framework != "numpy":
+        pytest.importorskip(framework)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_public_golden_files(shared: Path, framework: str) -> None:
+    """All files of the families, in the default dtype of the framework, by the kernel where it can."""
+    need(framework)
+    files = sorted((shared / "golden").glob("adafac_*.npz")) + sorted(
+        (shared / "golden").glob("pylo_adafac_*.npz")
+    )
+    assert len(files) >= 14
+    for file in files:
+        report = verify.verify(file, framework)
+        assert report.rows
+        assert report.passed, report
+        assert report.dtype == ("float64" if framework == "numpy" else "float32")
+        assert set(report.skipped) == ({"p00_scalar"} if file.name.startswith("pylo") else set())
+
+
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+def test_float64(shared: Path, framework: str) -> None:
+    """float64 kernels within the strict bound, 1e-9 of the update."""
+    need(framework)
+    for name in ("adafac_h4_mini", "adafac_h8_negdecay", "adafac_tie"):
+        report = verify.verify(shared / "golden" / f"{name}.npz", framework, dtype="float64")
+        assert report.passed, report
+        assert max(row.tolerance for row in report.rows) < 1e-9
+
+
+def test_kernel_on_numpy_arrays(shared: Path) -> None:
+    report = verify.verify(shared / "golden" / "adafac_h16.npz", "numpy", "cpu")
+    assert (report.backend, report.dtype, report.passed) == ("cpu", "float32", True), report
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_made_file(tmp_path: Path, framework: str) -> None:
+    need(framework)
+    report = verify.verify(make_golden(tmp_path), framework)
+    assert [row.tensor for row in report.rows] == list(SHAPES)
+    assert report.passed, report
+
+
+@pytest.mark.parametrize(
+    ("hyperparameters", "options"),
+    [
+        ({"hidden_size": 7, "hidden_layers": 1}, {}),
+        ({"step_mult": 0.5, "exp_mult": 0.0}, {}),
+        ({"initial_momentum_decays": [0.5, 0.7, 0.8], "initial_rms_decays": [0.3]}, {}),
+        ({"initial_rms_decays": [0.9, 0.99, 0.999]}, {}),
+        ({"initial_momentum_decays": [0.9], "initial_adafactor_decays": [0.99]}, {}),
+        ({"concat_weights": False}, {}),
+        ({"concat_weights": False, "make_separate_weights": True}, {"separate": True}),
+        ({"split_weights": True}, {}),
+        ({}, {"thin": "c_matrix"}),
+        ({}, {"theta_ref": True}),
+    ],
+)
+def test_variants_of_the_format(tmp_path: Path, hyperparameters: dict[str, Any], options: Any) -> None:
+    report = verify.verify(make_golden(tmp_path, hyperparameters, **options))
+    assert len(report.rows) == len(SHAPES)
+    assert report.passed, report
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_tampered_trajectory_fails(tmp_path: Path, framework: str) -> None:
+    """One element of one step, by a thousandth of its update."""
+    need(framework)
+
+    def change(data: dict[str, np.ndarray]) -> None:
+        values = data["params64/c_matrix"]
+        values[1, 2, 3] += 1e-3 * np.abs(values[1] - values[0]).max()
+
+    path = edit(make_golden(tmp_path), change)
+    report = verify.verify(path, framework)
+    assert [row.tensor for row in report.rows if not row.passed] == ["c_matrix"]
+    result = run(path, "--framework", framework)
+    assert result.exit_code == 1
+    assert "FAIL (c_matrix)" in result.output
+
+
+def test_tampered_public_file_fails(shared: Path, tmp_path: Path) -> None:
+    for name in ("inputs_mini.npz", "adafac_features.npz", "pylo_adafac_h32.npz"):
+        (tmp_path / name).write_bytes((shared / "golden" / name).read_bytes())
+
+    def features(data: dict[str, np.ndarray]) -> None:
+        data["features64/p04_sq10"][2, 3, 3, 20] *= 1 + 1e-7
+
+    def pylo(data: dict[str, np.ndarray]) -> None:
+        data["params/p06_m16x32"][5, 3, 3] += 1e-4
+
+    for name, change in (("adafac_features.npz", features), ("pylo_adafac_h32.npz", pylo)):
+        report = verify.verify(edit(tmp_path / name, change))
+        assert sum(not row.passed for row in report.rows) == 1, report
+
+
+def test_nan_fails(tmp_path: Path) -> None:
+    def change(data: dict[str, np.ndarray]) -> None:
+        data["params64/b_vector"][1, 2] = np.nan
+
+    path = edit(make_golden(tmp_path), change)
+    result = run(path, "--json", tmp_path / "out.json")
+    assert result.exit_code == 1
+    assert "FAIL (b_vector)" in result.output
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert not found["passed"]
+    assert found["files"][0]["rows"][1]["error"] is None
+
+
+def test_thinned_tensor_is_checked_everywhere(tmp_path: Path) -> None:
+    """An element that the thinned trajectory does not show."""
+
+    def change(data: dict[str, np.ndarray]) -> None:
+        data["params_last/c_matrix"][0, 0] += 1e-3
+
+    report = verify.verify(edit(make_golden(tmp_path, thin="c_matrix"), change))
+    failed = [row for row in report.rows if not row.passed]
+    assert [row.note for row in failed] == ["step 2, all elements"]
+
+
+def test_exit_codes_and_json(tmp_path: Path) -> None:
+    path = make_golden(tmp_path)
+    result = run(path, "--json", tmp_path / "out.json")
+    assert result.exit_code == 0, result.output
+    assert "1 of 1 files within tolerance" in result.output
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["passed"]
+    assert [row["tensor"] for row in found["files"][0]["rows"]] == list(SHAPES)
+    # A file that cannot be read does not keep the others from being checked.
+    result = run(tmp_path / "missing.npz", path)
+    assert result.exit_code == 2
+    assert "no such file" in result.output
+    assert "1 of 2 files within tolerance, 1 could not" in result.output
+
+
+def test_damaged_and_foreign_files(tmp_path: Path) -> None:
+    path = make_golden(tmp_path)
+    whole = path.read_bytes()
+    for size in (0, 10, len(whole) // 2, len(whole) - 30):
+        path.write_bytes(whole[:size])
+        result = run(path)
+        assert result.exit_code == 2, (size, result.output)
+        assert "case.npz: not a readable .npz file" in result.output.replace("\n", "")
+    rng = np.random.default_rng(0)
+    for _ in range(20):  # bytes changed anywhere: an error, a failure, or no effect; never a crash
+        damaged = bytearray(whole)
+        for position in rng.integers(len(whole), size=8):
+            damaged[position] ^= 0xFF
+        path.write_bytes(bytes(damaged))
+        result = run(path)
+        assert result.exit_code in (0, 1, 2)
+        assert result.exception is None or isinstance(result.exception, SystemExit)
+    path.write_text("not an archive")
+    assert run(path).exit_code == 2
+    np.savez(path, x=np.zeros(3))
+    assert "not a golden file" in run(path).output
+
+
+@pytest.mark.parametrize(
+    ("meta", "message"),
+    [
+        ({"family": "velo"}, "family 'velo' cannot be replayed"),
+        ({"family": None, "kind": "pes"}, "kind 'pes' cannot be replayed"),
+        (
+            {"hyperparameters": {"hidden_size": 4, "depth": 3, "colour": 1}},
+            "unknown hyperparameters colour, depth",
+        ),
+        ({"hyperparameters": {"hidden_size": 8}}, "meta-parameter 'w0' has shape"),
+        ({"hyperparameters": {"hidden_size": "wide"}}, "hidden_size"),
+        ({"inputs": "inputs_y.npz"}, "inputs_y.npz: no such file"),
+        ({"n_steps": 4}, "gradients of"),
+        ({"n_steps": 2}, "has shape"),
+        ({"n_steps": None}, "not a complete golden file"),
+        ({"theta_ref": "weights_y.npz"}, "weights_y.npz: no such file"),
+    ],
+)
+def test_unusable_meta(tmp_path: Path, meta: dict[str, Any], message: str) -> None:
+    result = run(make_golden(tmp_path, meta=meta))
+    assert result.exit_code == 2
+    assert message in result.output.replace("\n", " ")
+
+
+def test_missing_arrays(tmp_path: Path) -> None:
+    for missing in ("theta/nn/~/w1", "theta/rms_decays", "meta"):
+        path = edit(make_golden(tmp_path), lambda data, missing=missing: data.pop(missing))
+        assert run(path).exit_code == 2
+    path = edit(make_golden(tmp_path, thin="c_matrix"), lambda data: data.pop("sub_index/c_matrix"))
+    assert run(path).exit_code == 2
+
+
+def test_unusable_arguments(tmp_path: Path) -> None:
+    path = make_golden(tmp_path)
+    for arguments, message in (
+        (("--framework", "mxnet"), "framework 'mxnet': must be one of"),
+        (("--dtype", "float16"), "dtype 'float16': must be one of"),
+        (("--backend", "abacus"), "backend='abacus': must be one of"),
+        (("--backend", "cuda"), "cannot be used: not built in this version"),
+    ):
+        result = run(path, *arguments)
+        assert result.exit_code == 2, result.output
+        assert message in result.output.replace("\n", " ")
+    with pytest.raises(BackendError):
+        verify.verify(path, "numpy", "triton")
