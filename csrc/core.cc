@@ -171,6 +171,7 @@ TensorStep<T> describe(const Spec& spec, const Tensor& tensor, double clip) {
   c.b1 = c.theta + at.b1;
 
   c.momentum = static_cast<T*>(tensor.momentum);
+  c.momentum_stride = tensor.momentum_stride ? tensor.momentum_stride : c.n;
   c.second_moment = static_cast<T*>(tensor.second_moment);
   c.mean_squares = static_cast<T*>(tensor.mean_squares);
   if (l.factored) {
@@ -449,6 +450,7 @@ void check(const Spec& spec, const Tensor* tensors, int64_t count, int32_t clip_
     if (!t.param.data || !t.grad.data || !t.output.data || !t.momentum || !t.second_moment || !t.row ||
         (l.factored && !t.column) || (spec.lagged && !t.mean_squares))
       refuse(i, "a pointer is null");
+    if (t.momentum_stride != 0 && t.momentum_stride < elements(t)) refuse(i, "momenta overlap");
     if (t.param.strides || t.grad.strides || t.output.strides) {
       if (t.ndim < 0 || t.ndim > 64 || !t.sizes) refuse(i, "strides without sizes, or more than 64 axes");
       int64_t n = 1;

@@ -42,7 +42,7 @@ struct View {
 };
 
 // One tensor of a step. State is contiguous in loop order, the decays outermost:
-//   momentum (3, n), second_moment (1, n),
+//   momentum (3, n), momentum_stride elements apart, second_moment (1, n),
 //   row (3, n / d0 size) and column (3, n / d1 size); where not factored, row is (3, n) and column is unused,
 //   mean_squares (28): lagged statistics alone, else null.
 struct Tensor {
@@ -61,7 +61,8 @@ struct Tensor {
   void* mean_squares;
   const void* theta;  // flat meta-parameters, order of lopt_fast.reference.flatten_theta, of type `dtype`
   const StepScalars* scalars;
-  int32_t clip_group;  // index into max_norms; -1: not clipped
+  int32_t clip_group;       // index into max_norms; -1: not clipped
+  int64_t momentum_stride;  // elements from one momentum to the next; 0: n
 };
 
 // Runs fn(context, i) for every i in [0, tasks), in any order, on any threads, and returns when all are done.

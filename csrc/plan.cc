@@ -177,7 +177,7 @@ bool Plan::collect(const py::list& parameter_lists, const std::vector<double>& l
     const View grad{static_cast<char*>(g.data) + g.byte_offset, grad_strides};
     tensors_.push_back({r.dtype, r.loops, int32_t(r.sizes.size()), r.sizes.data(), param, grad, param, true,
                         r.momentum, r.second_moment, r.row, r.column, r.mean_squares, theta_[int(r.dtype)],
-                        nullptr, clip ? 0 : -1});
+                        nullptr, clip ? 0 : -1, r.momentum_stride});
     active_.push_back(&entry);
     gradients_.push_back(std::move(gradient));
   }

@@ -19,6 +19,7 @@ struct Record {
   Loops loops;
   std::vector<int64_t> sizes;  // memory order, outermost first
   void *momentum, *second_moment, *row, *column, *mean_squares;
+  int64_t momentum_stride;
 };
 
 // Built by lopt_fast/torch/plan.py, which has checked everything in it. A step compares what it meets with

@@ -41,12 +41,13 @@ using LoopNumbers = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, bool
 
 Record make_record(const std::string& dtype, const LoopNumbers& loops, std::vector<int64_t> sizes,
                    uintptr_t momentum, uintptr_t second_moment, uintptr_t row, uintptr_t column,
-                   uintptr_t mean_squares) {
+                   uintptr_t mean_squares, int64_t momentum_stride) {
   const auto [batch0, x, batch1, y, batch2, x_is_row, factored] = loops;
   return {dtype_of(dtype),        {batch0, x, batch1, y, batch2, x_is_row, factored},
           std::move(sizes),       pointer(momentum),
           pointer(second_moment), pointer(row),
-          pointer(column),        pointer(mean_squares)};
+          pointer(column),        pointer(mean_squares),
+          momentum_stride};
 }
 
 // Address and strides (in elements, axes in memory order; none: dense) of an array during one call.
@@ -92,7 +93,8 @@ void small_fc_step(const lopt::Spec& spec, uintptr_t theta_float32, uintptr_t th
                   r.mean_squares,
                   pointer(theta),
                   &scalars,
-                  max_grad_norm ? 0 : -1};
+                  max_grad_norm ? 0 : -1,
+                  r.momentum_stride};
   }
   const lopt::Pool chosen = pool_of(pool, threads);
   const double max_norm = max_grad_norm.value_or(0.0);
@@ -124,7 +126,7 @@ PYBIND11_MODULE(_native, m) {
   py::class_<Record>(m, "Record")
       .def(py::init(&make_record), py::kw_only(), py::arg("dtype"), py::arg("loops"), py::arg("sizes"),
            py::arg("momentum"), py::arg("second_moment"), py::arg("row"), py::arg("column"),
-           py::arg("mean_squares"));
+           py::arg("mean_squares"), py::arg("momentum_stride"));
 
   m.def("small_fc_step", &small_fc_step, py::kw_only(), py::arg("spec"), py::arg("theta_float32"),
         py::arg("theta_float64"), py::arg("records"), py::arg("params"), py::arg("grads"), py::arg("outputs"),

@@ -58,10 +58,18 @@ class Placement:
             return None
         return self.in_memory_order(strides)
 
+    @property
+    def momentum_stride(self) -> int:
+        """Elements from one momentum to the next. The momenta of a large tensor are kept a little apart: at a
+        distance of a power of two they would compete for the same memory banks (a tenth of the last pass)."""
+        n = math.prod(self.shape)
+        return n + 1040 if n >= 1 << 18 else n
+
     def state_layouts(self, spec: Spec) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
         """(shape, strides in elements) of each array of `TensorState` that `spec` and the shape use.
 
-        Dense: the decays outermost, then the parameter's memory order without the axis that is averaged away.
+        The decays outermost, then the parameter's memory order without the axis that is averaged away. Dense, but for
+        the momenta of a large tensor: see `momentum_stride`.
         """
 
         def layout(
@@ -74,7 +82,8 @@ class Placement:
 
         found: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
         if spec.uses_momentum:
-            found["momentum"] = layout(spec.momentum_decays)
+            shape, strides = layout(spec.momentum_decays)
+            found["momentum"] = shape, (self.momentum_stride, *strides[1:])
         if spec.uses_second_moment:
             found["second_moment"] = layout(spec.rms_decays)
         if spec.uses_factored:
@@ -97,6 +106,7 @@ class Placement:
             row=addresses["factored_row"],
             column=addresses.get("factored_column", 0),
             mean_squares=addresses.get("mean_squares", 0),
+            momentum_stride=self.momentum_stride,
         )
 
 
@@ -123,7 +133,8 @@ def init_state(spec: Spec, p: np.ndarray) -> TensorState:
     """Zero accumulators for the array `p`, in the memory order of `p`. What is not used has size 0."""
     arrays = {name: np.zeros(0, p.dtype) for name in TensorState._fields}
     for name, (shape, strides) in Placement.of(p.shape, p.strides).state_layouts(spec).items():
-        base = np.zeros(math.prod(shape), p.dtype)
+        extent = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+        base = np.zeros(max(extent, 0), p.dtype)
         arrays[name] = np.lib.stride_tricks.as_strided(base, shape, [s * p.itemsize for s in strides])
     return TensorState(**arrays)
 

@@ -373,7 +373,7 @@ struct Segment {
 template <typename T>
 LOPT_INLINE Segment<T> segment_at(const TensorStep<T>& c, int64_t start) {
   Segment<T> s = {};
-  for (int k = 0; k < kMomenta; ++k) s.m[k] = c.momentum + k * c.n + start;
+  for (int k = 0; k < kMomenta; ++k) s.m[k] = c.momentum + k * c.momentum_stride + start;
   s.v = c.second_moment + start;
   if (c.diagonal)
     for (int k = 0; k < kFactored; ++k) s.d[k] = c.diagonal + k * c.n + start;

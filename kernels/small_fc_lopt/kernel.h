@@ -43,6 +43,7 @@ struct TensorStep {
 
   // State.
   T *momentum, *second_moment;
+  int64_t momentum_stride;
   T *x_accumulator, *y_accumulator;  // (3, x_size), (3, y_size): row and column or the other way round
   T* diagonal;                       // (3, n) where not factored
   T* mean_squares;                   // (kNormalised), lagged alone

@@ -106,7 +106,7 @@ def table(result: Result) -> Table:
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    out.add_column("optimizer", min_width=18)
+    out.add_column("optimizer", min_width=13, overflow="fold")
     for step in result.fixed_steps:
         out.add_column(f"loss at\n{step}", justify="right")
     for name in ("optimizer\nms/step", "share\nof step", "state\nbytes /\nparam"):
