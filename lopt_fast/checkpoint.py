@@ -12,11 +12,9 @@ metadata, a JSON object of
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as safetensors_bytes
 
 from .architectures import small_fc_lopt
+from .files import write_atomically
 from .spec import Spec, SpecError
 
 _KEY = "lopt_fast"
@@ -95,7 +94,7 @@ class Checkpoint:
                 f"{target}: the checkpoint's metadata must be plain JSON values: {error}"
             ) from error
         try:
-            _write_atomically(target, safetensors_bytes(self.theta, metadata=header))
+            write_atomically(target, safetensors_bytes(self.theta, metadata=header))
         except OSError as error:
             raise CheckpointError(
                 f"{target}: cannot be written ({error.strerror or error}). Give a path in an existing, writable folder."
@@ -237,25 +236,3 @@ def _digest(document: Mapping[str, Any], theta: Mapping[str, np.ndarray]) -> str
     for name in sorted(theta):
         digest.update(f"{name}\0".encode() + theta[name].astype("<f4").tobytes())
     return digest.hexdigest()
-
-
-def _write_atomically(target: Path, data: bytes) -> None:
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    with contextlib.suppress(
-        OSError
-    ):  # not every file system lets a folder be synced; the file itself is safe
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

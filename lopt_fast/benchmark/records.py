@@ -10,12 +10,12 @@ import platform
 import shlex
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .. import backends
+from ..files import write_atomically
 from . import BenchmarkError
 
 SCHEMA = 1
@@ -155,17 +155,7 @@ def write(path: Path, value: Mapping[str, Any]) -> None:
     """Write JSON to a temporary file beside `path` and rename it: never half a file, and NaN is refused."""
     text = json.dumps(value, indent=1, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_atomically(path, text.encode())
 
 
 def read(path: Path) -> dict[str, Any]:

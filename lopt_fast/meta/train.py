@@ -8,9 +8,9 @@ lengths, so that at any time the pairs are at different points of training.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -25,6 +25,7 @@ import optax
 
 from .. import data
 from ..architectures import small_fc_lopt
+from ..files import write_atomically
 from ..spec import Spec
 from . import pes
 from .tasks import Dataset, Key, Task, mlp_classifier
@@ -367,12 +368,9 @@ def _fresh_unrolls(config: MetaTrainConfig, task: Task, theta: Theta, key: Key) 
 
 
 def _save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    unfinished = path.with_name(path.name + ".unfinished")
-    with unfinished.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    write_atomically(path, buffer.getvalue())
 
 
 def _tuples(value: Any) -> Any:

@@ -14,7 +14,7 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from ..checkpoint import _write_atomically
+from ..files import write_atomically
 from .choices import Choice
 from .loop import Curve
 
@@ -133,14 +133,14 @@ def save(result: Result, folder: Path) -> tuple[list[Path], str | None]:
     except ImportError as error:
         return written, f"no plot: matplotlib cannot be imported ({error}): pip install 'lopt-fast[plot]'"
     written.append(folder / "plot.png")
-    _write_atomically(written[1], image)
+    write_atomically(written[1], image)
     return written, None
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Raises ValueError for NaN; readers see the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write_atomically(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+    write_atomically(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 
 def plot(result: Result) -> bytes:
