@@ -913,73 +913,64 @@ void apply_wide(const TensorStep<T>& c, int64_t index) {
   T *first = units, *second = units + hidden * kWideStride, *biases = units + 2 * hidden * kWideStride;
   __builtin_memset(biases, 0, size_t(hidden * kWideStride) * sizeof(T));
   if (Lagged && c.tensor.loops.factored) clear_factor_sums(c, tile);
-  for_each_segment(c, tile, S, M == Mode::expanded, [&](const Row& row, int64_t e, int64_t n, int64_t rows) {
-    const int64_t start = row.o * c.tiling.run + e;
-    Segment<T> s = segment_at(c, start);
-    if (M == Mode::expanded) {
-      expand(c, row, e, n, rows, products, biases, kWideStride);
-      for (int k = 0; k < kFactored; ++k) s.y[k] = products + k * kWideStride;
-    } else if (M == Mode::row_scalar) {
-      for (int k = 0; k < kFactored; ++k) {
-        s.y[k] = c.y_factor + k * c.y_stride + y_offset(c, row) + e;
-        s.x[k] = c.x_factor[k * c.x_stride + row.o];
-      }
-    }
-    s.g = gather(c.tensor, c.tensor.grad, start, n, g_buffer);
-    s.p = gather(c.tensor, c.tensor.param, start, n, p_buffer);
-    if (Lagged) add_squares_of_rows(c, tile, row, e, s.g, n, rows);
-    int64_t i = 0;
-    const auto keep = [&](auto f, const V* x, int64_t lanes, auto tail) __attribute__((always_inline)) {
-      V y = x[0];
-      if constexpr (Lagged) {
-        sums.template add<decltype(tail)::value != 0, 1>(f, x, lanes);
-        const V bound = splat(c.limit[f.value]);
-        y = at_most<T>(bound, at_least<T>(-bound, y));
-      }
-      store<T>(inputs + f.value * kWideStride + i, y);
-    };
-    V p[1];
-    for (; i + W <= n; i += W) {
-      features<T, M, 1, false, true, false>(
-          rate, s, i, W, p,
-          [&](auto f, const V* x) __attribute__((always_inline)) { keep(f, x, W, Index<0>{}); });
-      store<T>(p_values + i, p[0]);
-    }
-    if (i < n) {
-      features<T, M, 1, true, true, false>(
-          rate, s, i, n - i, p,
-          [&](auto f, const V* x) __attribute__((always_inline)) { keep(f, x, n - i, Index<1>{}); });
-      store<T>(p_values + i, p[0]);
-    }
-    if (Lagged) sums.flush(n, c.features());
+  for_each_feature_segment<T, M>(
+      c, tile, S, products, biases, kWideStride,
+      [&](Segment<T>& s, const Row& row, int64_t e, int64_t n, int64_t rows, int64_t start) {
+        s.g = gather(c.tensor, c.tensor.grad, start, n, g_buffer);
+        s.p = gather(c.tensor, c.tensor.param, start, n, p_buffer);
+        if (Lagged) add_squares_of_rows(c, tile, row, e, s.g, n, rows);
+        int64_t i = 0;
+        const auto keep = [&](auto f, const V* x, int64_t lanes, auto tail) __attribute__((always_inline)) {
+          V y = x[0];
+          if constexpr (Lagged) {
+            sums.template add<decltype(tail)::value != 0, 1>(f, x, lanes);
+            const V bound = splat(c.limit[f.value]);
+            y = at_most<T>(bound, at_least<T>(-bound, y));
+          }
+          store<T>(inputs + f.value * kWideStride + i, y);
+        };
+        V p[1];
+        for (; i + W <= n; i += W) {
+          features<T, M, 1, false, true, false>(
+              rate, s, i, W, p,
+              [&](auto f, const V* x) __attribute__((always_inline)) { keep(f, x, W, Index<0>{}); });
+          store<T>(p_values + i, p[0]);
+        }
+        if (i < n) {
+          features<T, M, 1, true, true, false>(
+              rate, s, i, n - i, p,
+              [&](auto f, const V* x) __attribute__((always_inline)) { keep(f, x, n - i, Index<1>{}); });
+          store<T>(p_values + i, p[0]);
+        }
+        if (Lagged) sums.flush(n, c.features());
 
-    dense<T, true>(c.features(), hidden, inputs, c.w0, first,
-                   [&](int j, int64_t at) __attribute__((always_inline)) {
-                     if (M == Mode::expanded) return load(biases + j * kWideStride + at);
-                     if (M == Mode::unfactored) return splat(c.b0[j]);
-                     return load(c.y_bias + j * c.y_stride + y_offset(c, row) + e + at) +
-                            c.x_bias[j * c.x_stride + row.o];
-                   });
-    const T* last = first;
-    if (c.hidden_layers == 2) {
-      dense<T, true>(hidden, hidden, first, c.w1, second,
-                     [&](int j, int64_t) __attribute__((always_inline)) { return splat(c.b1[j]); });
-      last = second;
-    }
-    dense<T, false>(hidden, 2, last, c.w_out, outputs,
-                    [&](int o, int64_t) __attribute__((always_inline)) { return splat(c.b_out[o]); });
+        dense<T, true>(c.features(), hidden, inputs, c.w0, first,
+                       [&](int j, int64_t at) __attribute__((always_inline)) {
+                         if (M == Mode::expanded) return load(biases + j * kWideStride + at);
+                         if (M == Mode::unfactored) return splat(c.b0[j]);
+                         return load(c.y_bias + j * c.y_stride + y_offset(c, row) + e + at) +
+                                c.x_bias[j * c.x_stride + row.o];
+                       });
+        const T* last = first;
+        if (c.hidden_layers == 2) {
+          dense<T, true>(hidden, hidden, first, c.w1, second,
+                         [&](int j, int64_t) __attribute__((always_inline)) { return splat(c.b1[j]); });
+          last = second;
+        }
+        dense<T, false>(hidden, 2, last, c.w_out, outputs,
+                        [&](int o, int64_t) __attribute__((always_inline)) { return splat(c.b_out[o]); });
 
-    T* out = c.tensor.output.strides ? out_buffer : static_cast<T*>(c.tensor.output.data) + start;
-    for (i = 0; i < n; i += W) {
-      const V result =
-          c.param_scale * load(p_values + i) - load(outputs + i) * exp2(load(outputs + kWideStride + i));
-      if (i + W <= n)
-        store<T>(out + i, result);
-      else
-        store_n<T>(out + i, result, n - i);
-    }
-    if (c.tensor.output.strides) scatter(c, start, n, out_buffer);
-  });
+        T* out = c.tensor.output.strides ? out_buffer : static_cast<T*>(c.tensor.output.data) + start;
+        for (i = 0; i < n; i += W) {
+          const V result =
+              c.param_scale * load(p_values + i) - load(outputs + i) * exp2(load(outputs + kWideStride + i));
+          if (i + W <= n)
+            store<T>(out + i, result);
+          else
+            store_n<T>(out + i, result, n - i);
+        }
+        if (c.tensor.output.strides) scatter(c, start, n, out_buffer);
+      });
   if (Lagged) keep_sums(c, index, sums);
 }
 
