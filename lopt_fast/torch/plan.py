@@ -21,7 +21,6 @@ from ..native import DTYPES, Placement, flat_theta, kernel_spec, overlaps
 from ..spec import Spec
 
 Groups = list[dict[str, Any]]
-_CLIP_EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_ and kClipEpsilon in kernels/common/constants.h
 
 
 def named_parameters(groups: Groups) -> Iterator[tuple[int, str, torch.Tensor]]:
@@ -277,5 +276,5 @@ def _prepare_state(spec: Spec, groups: Groups, state: dict[Any, Any]) -> None:
 def clip_factor(gradients: list[Any], grad_scale: float, max_grad_norm: float) -> float:
     """min(1, max_grad_norm / (norm + 1e-6)) of the norm of all gradients together, NaN if that is NaN."""
     norms = [torch.linalg.vector_norm(g, dtype=torch.float64).item() for g in gradients]
-    factor = max_grad_norm / (abs(grad_scale) * math.sqrt(sum(n * n for n in norms)) + _CLIP_EPSILON)
+    factor = max_grad_norm / (abs(grad_scale) * math.sqrt(sum(n * n for n in norms)) + reference.CLIP_EPSILON)
     return 1.0 if factor >= 1.0 else factor
