@@ -78,6 +78,20 @@ template <>
 LOPT_INLINE void store_n<float>(float* p, Vec<float> x, int64_t n) {
   _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)x);
 }
+#elif defined(__AVX2__)
+// Read from memory: masks that are computed are kept in registers that the loops before a tail need.
+constexpr int32_t kLaneMasks[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+LOPT_INLINE __m256i lanes_below(int64_t n) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kLaneMasks + 8 - n));
+}
+template <>
+LOPT_INLINE Vec<float> load_n<float>(const float* p, int64_t n) {
+  return (Vec<float>)_mm256_maskload_ps(p, lanes_below(n));
+}
+template <>
+LOPT_INLINE void store_n<float>(float* p, Vec<float> x, int64_t n) {
+  _mm256_maskstore_ps(p, lanes_below(n), (__m256)x);
+}
 #endif
 
 // x in the first n lanes, zeros behind.
@@ -164,15 +178,22 @@ LOPT_INLINE Vec<float> rsqrt<float>(Vec<float> x) {
 }
 #endif
 
-// 1 / x for x > 0, 0 for infinity. float: estimate and one Newton step on AVX-512, else the quotient.
+// 1 / x for x > 0, 0 for infinity. float: the processor's estimate and one Newton step, relative error below
+// 3e-7.
 template <typename T>
 LOPT_INLINE Vec<T> reciprocal(Vec<T> x) {
   return T(1) / x;
 }
-#if defined(__AVX512F__)
+#if defined(__SSE2__)
 template <>
 LOPT_INLINE Vec<float> reciprocal<float>(Vec<float> x) {
+#if defined(__AVX512F__)
   const Vec<float> y = (Vec<float>)_mm512_rcp14_ps((__m512)x);
+#elif defined(__AVX2__)
+  const Vec<float> y = (Vec<float>)_mm256_rcp_ps((__m256)x);
+#else
+  const Vec<float> y = (Vec<float>)_mm_rcp_ps((__m128)x);
+#endif
   const Vec<float> refined = y + y * (1.0f - x * y);
   return x == splat(__builtin_inff()) ? y : refined;
 }
@@ -195,12 +216,11 @@ LOPT_INLINE Vec<float> exp2(Vec<float> x) {
 #endif
   const Vec<float> r = x - whole;  // exact, in [-0.5, 0.5]
   // Minimax polynomial of 2^r on that interval, relative error 2e-7 with rounding.
-  Vec<float> y = splat(1.321867248e-03f);
-  y = y * r + 9.671697938e-03f;
-  y = y * r + 5.550892952e-02f;
-  y = y * r + 2.402223800e-01f;
-  y = y * r + 6.931468559e-01f;
-  y = y * r + 1.0f;
+  // In pairs: a product more than one after the other, and half as long a chain.
+  const Vec<float> r2 = r * r, low = 6.931468559e-01f * r + 1.0f,
+                   middle = 5.550892952e-02f * r + 2.402223800e-01f,
+                   high = 1.321867248e-03f * r + 9.671697938e-03f;
+  const Vec<float> y = (high * r2 + middle) * r2 + low;
 #if defined(__AVX512F__)
   return (Vec<float>)_mm512_scalef_ps((__m512)y, (__m512)whole);
 #else

@@ -438,10 +438,10 @@ struct Rates {
 // tens of operations for each line are more than the processor's own prefetchers keep up with.
 constexpr int64_t kAhead = 1024;
 
-template <typename T, Mode M, int N>
-LOPT_INLINE void prefetch(const Segment<T>& s, int64_t i) {
-  for (int64_t line = 0; line < N * kVectorBytes; line += 64) {
-    const int64_t at = i + (kAhead + line) / int64_t(sizeof(T));
+template <typename T, Mode M>
+LOPT_INLINE void prefetch_bytes(const Segment<T>& s, int64_t i, int64_t begin, int64_t end) {
+  for (int64_t line = begin; line < end; line += 64) {
+    const int64_t at = i + line / int64_t(sizeof(T));
     __builtin_prefetch(s.g + at);
     __builtin_prefetch(s.p + at);
     __builtin_prefetch(s.v + at);
@@ -450,19 +450,25 @@ LOPT_INLINE void prefetch(const Segment<T>& s, int64_t i) {
       for (int k = 0; k < kFactored; ++k) __builtin_prefetch(s.d[k] + at);
   }
 }
+template <typename T, Mode M, int N>
+LOPT_INLINE void prefetch(const Segment<T>& s, int64_t i) {
+  prefetch_bytes<T, M>(s, i, kAhead, kAhead + N * kVectorBytes);
+}
 
 // Reads N vectors of elements from i on (the first `lanes` of one vector where Tail), moves the accumulators
 // on, writes them back where Write, and calls emit(Index<feature>, vectors) for each feature. `p` receives
 // the parameters.
 //
-// Where Folded, products that cost less on the weights are left to the caller: instead of 1/sqrt(v) and the
-// ratios m/sqrt(v) it gets emit.ratios(m, 1/sqrt(v)), and the factored features lack the factor of their row
-// (row_scalar).
+// Each decay's features follow one another, so that few vectors live at a time. Where Folded, products that
+// cost less on the weights are left to the caller: the factored features lack the factor of their row
+// (row_scalar), and with 32 registers instead of 1/sqrt(v) and the ratios m/sqrt(v) it gets emit.ratios(m,
+// 1/sqrt(v)).
 template <typename T, Mode M, int N, bool Tail, bool Write, bool Folded, bool Slow, typename Emit>
 LOPT_INLINE void features(const Rates<T, Slow>& rate, const Segment<T>& s, int64_t i, int64_t lanes,
                           Vec<T>* p, Emit emit) {
   using V = Vec<T>;
   constexpr int W = kLanes<T>;
+  constexpr bool Ratios = Folded && kVectorBytes == 64;  // 16 registers do not hold all m to the end
   const auto in = [&](const T* from, int n) __attribute__((always_inline)) {
     return Tail ? load_n(from + i, lanes) : load(from + i + n * W);
   };
@@ -473,41 +479,29 @@ LOPT_INLINE void features(const Rates<T, Slow>& rate, const Segment<T>& s, int64
       store<T>(to + i + n * W, x);
   };
   if (!Tail) prefetch<T, M, N>(s, i);
-  V g[N], m[kMomenta][N], v[N], r[N], f[N];
+  V g[N], v[N], r[N], f[N], m[kMomenta][N];
   for (int n = 0; n < N; ++n) {
     g[n] = in(s.g, n) * rate.grad_scale;
-    p[n] = in(s.p, n);
-    v[n] = in(s.v, n);
-    v[n] = rate.move_second_moment(v[n], g[n] * g[n]);
-    for (int k = 0; k < kMomenta; ++k) {
-      m[k][n] = in(s.m[k], n);
-      m[k][n] = rate.move_momentum(k, m[k][n], g[n]);
-    }
-    if (Write) {
-      out(s.v, n, v[n]);
-      for (int k = 0; k < kMomenta; ++k) out(s.m[k], n, m[k][n]);
-    }
-    r[n] = rsqrt<T>(v[n] + T(kRmsEpsilon));
+    v[n] = rate.move_second_moment(in(s.v, n), g[n] * g[n]);
+    if (Write) out(s.v, n, v[n]);
   }
   emit(Index<fG>{}, g);
-  emit(Index<fP>{}, p);
-  emit(Index<fM>{}, m[0]);
-  emit(Index<fM + 1>{}, m[1]);
-  emit(Index<fM + 2>{}, m[2]);
   emit(Index<fV>{}, v);
-  if constexpr (Folded) {
-    emit.ratios(m, r);
-  } else {
-    emit(Index<fRsqrtV>{}, r);
-    const auto momentum_ratio = [&](auto k) __attribute__((always_inline)) {
-      for (int n = 0; n < N; ++n) f[n] = m[k.value][n] * r[n];
+  for (int n = 0; n < N; ++n) r[n] = rsqrt<T>(v[n] + T(kRmsEpsilon));
+  if constexpr (!Ratios) emit(Index<fRsqrtV>{}, r);
+  for (int n = 0; n < N; ++n) p[n] = in(s.p, n);
+  emit(Index<fP>{}, p);
+  const auto decay = [&](auto k) __attribute__((always_inline)) {
+    V* mk = m[k.value];
+    for (int n = 0; n < N; ++n) {
+      mk[n] = rate.move_momentum(k.value, in(s.m[k.value], n), g[n]);
+      if (Write) out(s.m[k.value], n, mk[n]);
+    }
+    emit(Index<fM + k.value>{}, mk);
+    if constexpr (!Ratios) {
+      for (int n = 0; n < N; ++n) f[n] = mk[n] * r[n];
       emit(Index<fMRsqrtV + k.value>{}, f);
-    };
-    momentum_ratio(Index<0>{});
-    momentum_ratio(Index<1>{});
-    momentum_ratio(Index<2>{});
-  }
-  const auto factored = [&](auto k) __attribute__((always_inline)) {
+    }
     V scale_g[N], scale_m[N];
     if constexpr (M == Mode::unfactored) {
       V d[N], root[N];
@@ -530,12 +524,13 @@ LOPT_INLINE void features(const Rates<T, Slow>& rate, const Segment<T>& s, int64
     }
     for (int n = 0; n < N; ++n) f[n] = g[n] * scale_g[n];
     emit(Index<fFacG + k.value>{}, f);
-    for (int n = 0; n < N; ++n) f[n] = m[k.value][n] * scale_m[n];
+    for (int n = 0; n < N; ++n) f[n] = mk[n] * scale_m[n];
     emit(Index<fFacM + k.value>{}, f);
   };
-  factored(Index<0>{});
-  factored(Index<1>{});
-  factored(Index<2>{});
+  decay(Index<0>{});
+  decay(Index<1>{});
+  decay(Index<2>{});
+  if constexpr (Ratios) emit.ratios(m, r);
 }
 
 // Sums of squares in vectors of T, moved to double before they grow long.
@@ -600,33 +595,45 @@ LOPT_INLINE bool rows_are_long(const TensorStep<T>& c) {
 
 // ---- pass 2 ----
 
-// Sums of the squares of the features of a factored tensor. The squares are formed from m^2 and 1 / (v + ...)
-// rather than from the features: 25 products instead of 40 for each vector.
-template <typename T, bool Tail, bool Slow>
+// Sums of the squares of the features. The squares are formed from m^2 and 1 / (v + ...) rather than from the
+// features: 25 products instead of 40 for each vector. `factored_sums`: those of the factored features, which
+// lack the square of their row's factor.
+template <typename T, Mode M, bool Tail, bool Slow>
 LOPT_INLINE void add_feature_squares(const Rates<T, Slow>& rate, const Segment<T>& s, int64_t i,
                                      int64_t lanes, Vec<T>* sums, Vec<T>* factored_sums) {
   using V = Vec<T>;
   const auto in = [&](const T* from) __attribute__((always_inline)) {
     return Tail ? load_n(from + i, lanes) : load(from + i);
   };
-  if (!Tail) prefetch<T, Mode::row_scalar, 1>(s, i);
+  const auto inverse_of = [&](V x)
+                              __attribute__((always_inline)) {  // zero where the input is behind the tail
+                                return Tail ? first_lanes<T>(reciprocal<T>(x), lanes) : reciprocal<T>(x);
+                              };
+  if (!Tail) prefetch<T, M, 1>(s, i);
   const V g = in(s.g) * rate.grad_scale, p = in(s.p), g_square = g * g;
-  V v = in(s.v);
-  v = rate.move_second_moment(v, g_square);
-  V inverse = reciprocal<T>(v + T(kRmsEpsilon));
-  if (Tail) inverse = first_lanes<T>(inverse, lanes);  // the others are zero where the input is
+  const V v = rate.move_second_moment(in(s.v), g_square), inverse = inverse_of(v + T(kRmsEpsilon));
   sums[fG] += g_square;
   sums[fP] += p * p;
   sums[fV] += v * v;
   sums[fRsqrtV] += inverse;
   for (int k = 0; k < kMomenta; ++k) {
-    V m = in(s.m[k]);
-    m = rate.move_momentum(k, m, g);
-    const V m_square = m * m, y = in(s.y[k]), y_square = y * y;
+    const V m = rate.move_momentum(k, in(s.m[k]), g), m_square = m * m;
     sums[fM + k] += m_square;
-    sums[fMRsqrtV + k] += m_square * inverse;
-    factored_sums[k] += g_square * y_square;
-    factored_sums[kFactored + k] += m_square * y_square;
+    if constexpr (M == Mode::unfactored) {
+      // As g * (g / d) rather than g^2 / d: 0 where g^2 is beyond the range, as the feature is.
+      const V d = average(in(s.d[k]), rate.factored[k], g_square + T(kSquareEpsilon));
+      sums[fMRsqrtV + k] += m * (m * inverse);
+      sums[fDiagonal + k] += d * d;
+      sums[fRsqrtDiagonal + k] += inverse_of(d + T(kFactorEpsilon));
+      factored_sums[k] +=
+          g * (g * reciprocal<T>(at_least<T>(splat(T(kFactorFloor)), d + T(kDiagonalEpsilon))));
+      factored_sums[kFactored + k] += m * (m * reciprocal<T>(d + T(kRmsEpsilon)));
+    } else {
+      const V y = in(s.y[k]), y_square = y * y;
+      sums[fMRsqrtV + k] += m_square * inverse;
+      factored_sums[k] += g_square * y_square;
+      factored_sums[kFactored + k] += m_square * y_square;
+    }
   }
 }
 
@@ -641,37 +648,24 @@ void feature_statistics_in(const TensorStep<T>& c, int64_t index) {
   T products[M == Mode::expanded ? kFactored * (kSegment + kPadding) : 1];
   const bool direct = contiguous(c);
   const int64_t longest = M == Mode::expanded || !direct ? kSegment : 8192;
-  for_each_feature_segment<T, M>(
-      c, tile, longest, products, static_cast<T*>(nullptr), kSegment + kPadding,
-      [&](Segment<T>& s, const Row&, int64_t, int64_t n, int64_t, int64_t start)
-          __attribute__((always_inline)) {
-            s.g = gather(c.tensor, c.tensor.grad, start, n, g_buffer);
-            s.p = gather(c.tensor, c.tensor.param, start, n, p_buffer);
-            int64_t i = 0;
-            if constexpr (M == Mode::unfactored) {
-              V p[1];
-              for (; i + W <= n; i += W)
-                features<T, M, 1, false, false, false>(
-                    rate, s, i, W, p, [&](auto f, const V* x) __attribute__((always_inline)) {
-                      sums.template add<false, 1>(f, x, W);
-                    });
-              if (i < n)
-                features<T, M, 1, true, false, false>(rate, s, i, n - i, p,
-                                                      [&](auto f, const V* x) __attribute__((always_inline)) {
-                                                        sums.template add<true, 1>(f, x, n - i);
-                                                      });
-            } else {
-              V factored[2 * kFactored] = {};
-              for (; i + W <= n; i += W) add_feature_squares<T, false>(rate, s, i, W, sums.part, factored);
-              if (i < n) add_feature_squares<T, true>(rate, s, i, n - i, sums.part, factored);
-              for (int k = 0; k < kFactored; ++k) {
-                const T x = M == Mode::row_scalar ? s.x[k] * s.x[k] : T(1);
-                sums.part[fFacG + k] += x * factored[k];
-                sums.part[fFacM + k] += x * factored[kFactored + k];
-              }
-            }
-            sums.flush(n, c.features());
-          });
+  for_each_feature_segment<T, M>(c, tile, longest, products, static_cast<T*>(nullptr), kSegment + kPadding,
+                                 [&](Segment<T>& s, const Row&, int64_t, int64_t n, int64_t,
+                                     int64_t start) __attribute__((always_inline)) {
+                                   s.g = gather(c.tensor, c.tensor.grad, start, n, g_buffer);
+                                   s.p = gather(c.tensor, c.tensor.param, start, n, p_buffer);
+                                   int64_t i = 0;
+                                   V factored[2 * kFactored] = {};
+                                   for (; i + W <= n; i += W)
+                                     add_feature_squares<T, M, false>(rate, s, i, W, sums.part, factored);
+                                   if (i < n)
+                                     add_feature_squares<T, M, true>(rate, s, i, n - i, sums.part, factored);
+                                   for (int k = 0; k < kFactored; ++k) {
+                                     const T x = M == Mode::row_scalar ? s.x[k] * s.x[k] : T(1);
+                                     sums.part[fFacG + k] += x * factored[k];
+                                     sums.part[fFacM + k] += x * factored[kFactored + k];
+                                   }
+                                   sums.flush(n, c.features());
+                                 });
   keep_sums(c, index, sums);
 }
 
@@ -682,7 +676,7 @@ void feature_statistics_as(const TensorStep<T>& c, int64_t tile) {
 
 template <typename T>
 void feature_statistics(const TensorStep<T>& c, int64_t tile) {
-  if (!c.tensor.loops.factored) return feature_statistics_in<T, Mode::unfactored, false>(c, tile);
+  if (!c.tensor.loops.factored) return feature_statistics_as<T, Mode::unfactored>(c, tile);
   if (rows_are_long(c)) return feature_statistics_as<T, Mode::row_scalar>(c, tile);
   return feature_statistics_as<T, Mode::expanded>(c, tile);
 }
@@ -727,16 +721,17 @@ struct ExactLayer {
   }
 };
 
-template <typename T, int H, int Layers, Mode M, bool Lagged, int N, bool Tail>
-LOPT_INLINE void apply_block(const TensorStep<T>& c, const Rates<T, true>& rate, const Segment<T>& s,
-                             const Biases<T, H>& bias, int64_t i, int64_t lanes, SquareSums<T>& sums) {
+// Hidden units of the first layer for N vectors of elements, before ReLU; moves the state on.
+template <typename T, int H, Mode M, bool Lagged, int N, bool Tail>
+LOPT_INLINE void first_layer(const TensorStep<T>& c, const Rates<T, true>& rate, const Segment<T>& s,
+                             const Biases<T, H>& bias, int64_t i, int64_t lanes, SquareSums<T>* sums,
+                             Vec<T> (*a)[N], Vec<T>* p) {
   using V = Vec<T>;
   constexpr int W = kLanes<T>;
-  const T *w0 = c.w0, *w_factored = s.w_factored, *w1 = c.w1, *b1 = c.b1, *w_out = c.w_out, *limit = c.limit;
+  const T *w0 = c.w0, *w_factored = s.w_factored, *limit = c.limit;
   // Hide where the weights lie, so that they stay broadcast loads: hoisted, they would be spilled as whole
   // vectors.
-  __asm__("" : "+r"(w0), "+r"(w_factored), "+r"(w1), "+r"(b1), "+r"(w_out), "+r"(limit));
-  V a[H][N];
+  __asm__("" : "+r"(w0), "+r"(w_factored), "+r"(limit));
   for (int j = 0; j < H; ++j)
     for (int n = 0; n < N; ++n) {
       if (M == Mode::unfactored)
@@ -745,11 +740,10 @@ LOPT_INLINE void apply_block(const TensorStep<T>& c, const Rates<T, true>& rate,
         a[j][n] = Tail ? load_n(bias.y[j] + i, lanes) : load(bias.y[j] + i + n * W);
       if (M == Mode::row_scalar) a[j][n] += bias.x[j];
     }
-  V p[N];
   if constexpr (Lagged) {
     features<T, M, N, Tail, true, false>(rate, s, i, lanes, p,
                                          [&](auto f, const V* x) __attribute__((always_inline)) {
-                                           sums.template add<Tail, N>(f, x, lanes);
+                                           sums->template add<Tail, N>(f, x, lanes);
                                            const V bound = splat(limit[f.value]);
                                            V clipped[N];
                                            for (int n = 0; n < N; ++n)
@@ -759,6 +753,15 @@ LOPT_INLINE void apply_block(const TensorStep<T>& c, const Rates<T, true>& rate,
   } else {
     features<T, M, N, Tail, true, true>(rate, s, i, lanes, p, ExactLayer<T, H, N>{w0, w_factored, a});
   }
+}
+
+// The other layers and the output.
+template <typename T, int H, int Layers, int N, bool Tail>
+LOPT_INLINE void finish(const TensorStep<T>& c, T* out, int64_t lanes, Vec<T> (*a)[N], const Vec<T>* p) {
+  using V = Vec<T>;
+  constexpr int W = kLanes<T>;
+  const T *w1 = c.w1, *b1 = c.b1, *w_out = c.w_out;
+  __asm__("" : "+r"(w1), "+r"(b1), "+r"(w_out));
   for (int j = 0; j < H; ++j)
     for (int n = 0; n < N; ++n) a[j][n] = relu<T>(a[j][n]);
   if constexpr (Layers == 2) {
@@ -782,10 +785,39 @@ LOPT_INLINE void apply_block(const TensorStep<T>& c, const Rates<T, true>& rate,
   for (int n = 0; n < N; ++n) {
     const V result = c.param_scale * p[n] - direction[n] * exp2(magnitude[n]);
     if (Tail)
-      store_n<T>(s.out + i, result, lanes);
+      store_n<T>(out, result, lanes);
     else
-      store<T>(s.out + i + n * W, result);
+      store<T>(out + n * W, result);
   }
+}
+
+// The elements behind the last whole block. Not inlined, and with copies of what the loop over blocks keeps
+// in registers: the compiler would keep fewer.
+template <typename T, int H, int Layers, Mode M, bool Lagged>
+__attribute__((noinline)) void apply_tail(const TensorStep<T>& c, Segment<T> s, Biases<T, H> bias, int64_t i,
+                                          int64_t n, SquareSums<T>* sums) {
+  constexpr int W = kLanes<T>;
+  const Rates<T, true> rate(c);
+  Vec<T> a[H][1], p[1];
+  for (; i < n; i += W) {
+    const int64_t lanes = smaller(W, n - i);
+    first_layer<T, H, M, Lagged, 1, true>(c, rate, s, bias, i, lanes, sums, a, p);
+    finish<T, H, Layers, 1, true>(c, s.out + i, lanes, a, p);
+  }
+}
+
+template <typename T, int H, int Layers, Mode M, bool Lagged>
+LOPT_INLINE void apply_elements(const TensorStep<T>& c, const Rates<T, true>& rate, const Segment<T>& s,
+                                const Biases<T, H>& bias, int64_t n, SquareSums<T>* sums) {
+  constexpr int W = kLanes<T>;
+  constexpr int N = H >= 8 ? 1 : 8 / H;  // eight independent chains of products hide their latency
+  Vec<T> a[H][N], p[N];
+  int64_t i = 0;
+  for (; i + N * W <= n; i += N * W) {
+    first_layer<T, H, M, Lagged, N, false>(c, rate, s, bias, i, W, sums, a, p);
+    finish<T, H, Layers, N, false>(c, s.out + i, W, a, p);
+  }
+  if (i < n) apply_tail<T, H, Layers, M, Lagged>(c, s, bias, i, n, sums);
 }
 
 // Sums of pass 1 for the next step, where pass 3 is the only one.
@@ -807,9 +839,6 @@ LOPT_INLINE void scatter(const TensorStep<T>& c, int64_t start, int64_t n, const
 
 template <typename T, int H, int Layers, Mode M, bool Lagged>
 void apply_narrow(const TensorStep<T>& c, int64_t index) {
-  constexpr int W = kLanes<T>;
-  // Eight independent chains of products hide their latency; vectors (biases) are not worth the code.
-  constexpr int N = H >= 8 || M == Mode::unfactored ? 1 : 8 / H;
   const Tile tile = tile_at(c, index);
   const Rates<T, true> rate(c);
   SquareSums<T> sums;
@@ -846,11 +875,7 @@ void apply_narrow(const TensorStep<T>& c, int64_t index) {
                 bias.x[j] = c.x_bias[j * c.x_stride + row.o];
               }
             }
-            int64_t i = 0;
-            for (; i + N * W <= n; i += N * W)
-              apply_block<T, H, Layers, M, Lagged, N, false>(c, rate, s, bias, i, W, sums);
-            for (; i < n; i += W)
-              apply_block<T, H, Layers, M, Lagged, 1, true>(c, rate, s, bias, i, smaller(W, n - i), sums);
+            apply_elements<T, H, Layers, M, Lagged>(c, rate, s, bias, n, Lagged ? &sums : nullptr);
             if (Lagged) sums.flush(n, c.features());
             if (c.tensor.output.strides) scatter(c, start, n, out_buffer);
           });
