@@ -20,8 +20,8 @@ struct DlTensor {
   uint64_t byte_offset;
 };
 
-constexpr int32_t kDlCpu = 1;
 constexpr uint8_t kDlFloat = 2;
+constexpr uint8_t kDlBfloat = 4;
 constexpr uint32_t kDlMajorVersion = 1;
 
 struct DlExchangeApi {

@@ -17,19 +17,19 @@ bool same_strides(const std::vector<int64_t>& shape, const int64_t* a, const int
   return true;
 }
 
-bool is_empty(const std::vector<int64_t>& shape) {
-  return std::find(shape.begin(), shape.end(), 0) != shape.end();
-}
-
 std::vector<int64_t> in_order(const std::vector<int64_t>& order, const int64_t* values) {
   std::vector<int64_t> result(order.size());
   for (size_t i = 0; i < order.size(); ++i) result[i] = values[order[i]];
   return result;
 }
 
+char* address_of(const DlTensor& tensor) { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
+
 }  // namespace
 
-Plan::Snapshot::Snapshot(py::dict dict) : dict_(std::move(dict)) {
+bool PlanBase::Entry::empty() const { return std::find(shape.begin(), shape.end(), 0) != shape.end(); }
+
+PlanBase::Snapshot::Snapshot(py::dict dict) : dict_(std::move(dict)) {
   PyObject *key, *value;
   for (Py_ssize_t i = 0; PyDict_Next(dict_.ptr(), &i, &key, &value);) {
     items_.push_back(py::reinterpret_borrow<py::object>(key));
@@ -37,7 +37,7 @@ Plan::Snapshot::Snapshot(py::dict dict) : dict_(std::move(dict)) {
   }
 }
 
-bool Plan::Snapshot::unchanged() const {
+bool PlanBase::Snapshot::unchanged() const {
   if (size_t(PyDict_Size(dict_.ptr())) * 2 != items_.size()) return false;
   PyObject *key, *value;
   auto item = items_.begin();
@@ -46,16 +46,14 @@ bool Plan::Snapshot::unchanged() const {
   return true;
 }
 
-int Plan::Snapshot::traverse(visitproc visit, void* arg) const {
+int PlanBase::Snapshot::traverse(visitproc visit, void* arg) const {
   Py_VISIT(dict_.ptr());
   for (const py::object& item : items_) Py_VISIT(item.ptr());
   return 0;
 }
 
-Plan::Plan(const Spec& spec, uintptr_t theta_float32, uintptr_t theta_float64, py::dict state,
-           py::capsule exchange, py::object is_negated)
+PlanBase::PlanBase(const Spec& spec, py::dict state, py::capsule exchange, py::object is_negated)
     : spec_(spec),
-      theta_{reinterpret_cast<void*>(theta_float32), reinterpret_cast<void*>(theta_float64)},
       state_(std::move(state)),
       exchange_capsule_(std::move(exchange)),
       is_negated_(std::move(is_negated)),
@@ -69,8 +67,8 @@ Plan::Plan(const Spec& spec, uintptr_t theta_float32, uintptr_t theta_float64, p
         "this PyTorch does not offer DLPack exchange of major version 1: use 2.13 or later");
 }
 
-void Plan::add(py::object parameter, size_t group, const Record& record, std::vector<int64_t> order,
-               py::dict state, py::object memory, uintptr_t step) {
+void PlanBase::add(py::object parameter, size_t group, const Record& record, std::vector<int64_t> order,
+                   py::dict state, py::object memory, uintptr_t step, Storage state_type) {
   DlTensor tensor;
   if (!read(parameter.ptr(), &tensor) || size_t(tensor.ndim) != order.size() ||
       order.size() != record.sizes.size())
@@ -80,6 +78,11 @@ void Plan::add(py::object parameter, size_t group, const Record& record, std::ve
   entry.group = group;
   entry.role = Role::planned;
   entry.record = record;
+  entry.state_type = state_type;
+  entry.device_type = tensor.device_type;
+  entry.device_id = tensor.device_id;
+  entry.type_code = tensor.type_code;
+  entry.type_bits = tensor.type_bits;
   entry.order = std::move(order);
   entry.shape.assign(tensor.shape, tensor.shape + tensor.ndim);
   entry.strides.assign(tensor.strides, tensor.strides + tensor.ndim);
@@ -99,34 +102,32 @@ void Plan::add(py::object parameter, size_t group, const Record& record, std::ve
   entries_.push_back(std::move(entry));
 }
 
-void Plan::add_idle(py::object parameter, size_t group) {
+void PlanBase::add_idle(py::object parameter, size_t group) {
   Entry entry;
   entry.parameter = std::move(parameter);
   entry.group = group;
   entries_.push_back(std::move(entry));
 }
 
-void Plan::add_foreign(py::object parameter, size_t group) {
+void PlanBase::add_foreign(py::object parameter, size_t group) {
   add_idle(std::move(parameter), group);
   entries_.back().role = Role::foreign;
 }
 
-bool Plan::read(PyObject* object, DlTensor* tensor) const {
+bool PlanBase::read(PyObject* object, DlTensor* tensor) const {
   if (exchange_->tensor_from_object(object, tensor) == 0) return true;
   PyErr_Clear();  // Python finds out why
   return false;
 }
 
-bool Plan::fits(const Entry& entry, const DlTensor& tensor) const {
-  const uint8_t bits = entry.record.dtype == Dtype::float32 ? 32 : 64;
-  return tensor.device_type == kDlCpu && tensor.type_code == kDlFloat && tensor.type_bits == bits &&
+bool PlanBase::fits(const Entry& entry, const DlTensor& tensor) const {
+  return tensor.device_type == entry.device_type && tensor.device_id == entry.device_id &&
+         tensor.type_code == entry.type_code && tensor.type_bits == entry.type_bits &&
          tensor.type_lanes == 1 && size_t(tensor.ndim) == entry.shape.size() &&
-         std::equal(entry.shape.begin(), entry.shape.end(), tensor.shape) &&
-         (tensor.data || is_empty(entry.shape));
+         std::equal(entry.shape.begin(), entry.shape.end(), tensor.shape) && (tensor.data || entry.empty());
 }
 
-bool Plan::collect(const py::list& parameter_lists, const std::vector<double>& lrs,
-                   const std::vector<double>& weight_decays, double grad_scale, bool clip) {
+bool PlanBase::collect(const py::list& parameter_lists) {
   size_t listed = 0;
   for (const py::handle list : parameter_lists) {
     if (!PyList_Check(list.ptr())) return false;
@@ -160,68 +161,40 @@ bool Plan::collect(const py::list& parameter_lists, const std::vector<double>& l
         py::reinterpret_steal<py::object>(PyObject_Vectorcall(is_negated_.ptr(), arguments, 1, nullptr));
     if (!negated) throw py::error_already_set();
     if (negated.ptr() != Py_False) return false;
-    if (is_empty(entry.shape)) {
-      active_.push_back(&entry);
-      continue;
-    }
-
-    const int64_t* grad_strides = nullptr;
-    if (!same_strides(entry.shape, g.strides, entry.dense_strides.data())) {
-      for (size_t i = 0; i < entry.order.size(); ++i) entry.grad_strides[i] = g.strides[entry.order[i]];
-      grad_strides = entry.grad_strides.data();
-    }
-    const Record& r = entry.record;
-    scalars_.push_back({lrs[entry.group], weight_decays[entry.group], grad_scale, *entry.step});
-    const View param{static_cast<char*>(p.data) + p.byte_offset,
-                     entry.memory_strides.empty() ? nullptr : entry.memory_strides.data()};
-    const View grad{static_cast<char*>(g.data) + g.byte_offset, grad_strides};
-    tensors_.push_back({r.dtype, r.loops, int32_t(r.sizes.size()), r.sizes.data(), param, grad, param, true,
-                        r.momentum, r.second_moment, r.row, r.column, r.mean_squares, theta_[int(r.dtype)],
-                        nullptr, clip ? 0 : -1, r.momentum_stride});
     active_.push_back(&entry);
-    gradients_.push_back(std::move(gradient));
+    take(entry, p, g, std::move(gradient));
   }
-  for (size_t i = 0; i < tensors_.size(); ++i) tensors_[i].scalars = &scalars_[i];
   return true;
 }
 
-py::object Plan::step(py::list parameter_lists, py::dict state, const std::vector<double>& lrs,
-                      const std::vector<double>& weight_decays, double grad_scale, py::object max_grad_norm,
-                      int threads) {
-  const bool clip = !max_grad_norm.is_none();
-  const double max_norm = clip ? max_grad_norm.cast<double>() : 0.0;
-  if (lrs.size() != parameter_lists.size() || weight_decays.size() != parameter_lists.size())
-    throw std::invalid_argument("one learning rate and one weight decay are needed for each group");
+bool PlanBase::begin(const py::list& parameter_lists, const py::dict& state) {
   if (running_.exchange(true))
     throw std::runtime_error(
         "another thread is in step() of this optimizer: give each thread its own optimizer");
-  struct Finish {
-    Plan* plan;
-    ~Finish() {
-      plan->tensors_.clear();
-      plan->scalars_.clear();
-      plan->active_.clear();
-      plan->gradients_.clear();
-      plan->running_ = false;
+  struct EndUnlessReady {
+    PlanBase* plan;
+    bool ready = false;
+    ~EndUnlessReady() {
+      if (!ready) plan->end();
     }
-  } finish{this};
-
-  if (state.ptr() != state_.dict() || !state_.unchanged()) return py::none();
-  if (!collect(parameter_lists, lrs, weight_decays, grad_scale, clip)) return py::none();
-  if (!tensors_.empty()) {
-    py::gil_scoped_release release;
-    small_fc_step(spec_, tensors_.data(), int64_t(tensors_.size()), &max_norm, clip ? 1 : 0,
-                  openmp_pool(threads));
-  }
-  py::list updated(active_.size());
-  for (size_t i = 0; i < active_.size(); ++i) {
-    ++*active_[i]->step;
-    PyList_SET_ITEM(updated.ptr(), Py_ssize_t(i), active_[i]->parameter.inc_ref().ptr());
-  }
-  return updated;
+  } guard{this};
+  return guard.ready = state.ptr() == state_.dict() && state_.unchanged() && collect(parameter_lists);
 }
 
-int Plan::traverse(visitproc visit, void* arg) const {
+void PlanBase::end() {
+  active_.clear();
+  forget();
+  running_ = false;
+}
+
+py::list PlanBase::updated() const {
+  py::list parameters(active_.size());
+  for (size_t i = 0; i < active_.size(); ++i)
+    PyList_SET_ITEM(parameters.ptr(), Py_ssize_t(i), active_[i]->parameter.inc_ref().ptr());
+  return parameters;
+}
+
+int PlanBase::traverse(visitproc visit, void* arg) const {
   if (const int stop = state_.traverse(visit, arg)) return stop;
   Py_VISIT(is_negated_.ptr());
   for (const Entry& entry : entries_) {
@@ -233,9 +206,193 @@ int Plan::traverse(visitproc visit, void* arg) const {
   return 0;
 }
 
-void Plan::clear() {
+void PlanBase::clear() {
   std::vector<Entry> entries = std::move(entries_);  // freeing them may run any Python code
   Snapshot state = std::move(state_);
+}
+
+Plan::Plan(const Spec& spec, uintptr_t theta_float32, uintptr_t theta_float64, py::dict state,
+           py::capsule exchange, py::object is_negated)
+    : PlanBase(spec, std::move(state), std::move(exchange), std::move(is_negated)),
+      theta_{reinterpret_cast<void*>(theta_float32), reinterpret_cast<void*>(theta_float64)} {}
+
+void Plan::take(Entry& entry, const DlTensor& p, const DlTensor& g, py::object gradient) {
+  if (entry.empty()) return;
+  const int64_t* grad_strides = nullptr;
+  if (!same_strides(entry.shape, g.strides, entry.dense_strides.data())) {
+    for (size_t i = 0; i < entry.order.size(); ++i) entry.grad_strides[i] = g.strides[entry.order[i]];
+    grad_strides = entry.grad_strides.data();
+  }
+  const Record& r = entry.record;
+  const View param{address_of(p), entry.memory_strides.empty() ? nullptr : entry.memory_strides.data()};
+  tensors_.push_back({r.dtype,
+                      r.loops,
+                      int32_t(r.sizes.size()),
+                      r.sizes.data(),
+                      param,
+                      {address_of(g), grad_strides},
+                      param,
+                      true,
+                      r.momentum,
+                      r.second_moment,
+                      r.row,
+                      r.column,
+                      r.mean_squares,
+                      theta_[int(r.dtype)],
+                      nullptr,
+                      -1,
+                      r.momentum_stride});
+  scalars_.push_back({0.0, 0.0, 1.0, *entry.step});
+  groups_.push_back(entry.group);
+  gradients_.push_back(std::move(gradient));
+}
+
+void Plan::forget() {
+  tensors_.clear();
+  scalars_.clear();
+  groups_.clear();
+  gradients_.clear();
+}
+
+py::list Plan::run(const std::vector<double>& lrs, const std::vector<double>& weight_decays,
+                   double grad_scale, std::optional<double> max_grad_norm, int threads) {
+  for (size_t i = 0; i < tensors_.size(); ++i) {
+    const size_t group = groups_[i];
+    scalars_[i].lr = lrs.at(group);
+    scalars_[i].weight_decay = weight_decays.at(group);
+    scalars_[i].grad_scale = grad_scale;
+    tensors_[i].scalars = &scalars_[i];
+    tensors_[i].clip_group = max_grad_norm ? 0 : -1;
+  }
+  const double max_norm = max_grad_norm.value_or(0.0);
+  if (!tensors_.empty()) {
+    py::gil_scoped_release release;
+    small_fc_step(spec_, tensors_.data(), int64_t(tensors_.size()), &max_norm, max_grad_norm ? 1 : 0,
+                  openmp_pool(threads));
+  }
+  for (Entry* entry : active_) ++*entry->step;
+  return updated();
+}
+
+namespace {
+
+DeviceScalar scalar_of(const GpuPlan::Scalar& scalar) {
+  const auto [value, address, type] = scalar;
+  return {value, reinterpret_cast<const void*>(address), ScalarType(type)};
+}
+
+// Type in memory of a tensor that Python has let through.
+Storage storage_of(const DlTensor& tensor) {
+  if (tensor.type_code == kDlFloat && tensor.type_bits == 32) return Storage::float32;
+  if (tensor.type_code == kDlFloat && tensor.type_bits == 16) return Storage::float16;
+  if (tensor.type_code == kDlBfloat && tensor.type_bits == 16) return Storage::bfloat16;
+  throw std::invalid_argument("GPU kernels take float32, bfloat16 and float16");
+}
+
+}  // namespace
+
+GpuPlan::GpuPlan(const Spec& spec, py::capsule device, int32_t ordinal, uintptr_t theta, py::dict state,
+                 py::capsule exchange, py::object is_negated, py::object dense, py::object copy)
+    : PlanBase(spec, std::move(state), std::move(exchange), std::move(is_negated)),
+      capsule_(std::move(device)),
+      device_(static_cast<const GpuDevice*>(PyCapsule_GetPointer(capsule_.ptr(), "lopt_fast.GpuDevice"))),
+      ordinal_(ordinal),
+      theta_(reinterpret_cast<const float*>(theta)),
+      dense_(std::move(dense)),
+      copy_(std::move(copy)) {
+  if (!device_) throw py::error_already_set();
+  if (device_->abi != kGpuAbi)
+    throw std::runtime_error("the module with the GPU kernels is from another build: reinstall lopt_fast");
+}
+
+std::pair<py::object, void*> GpuPlan::dense(const Entry& entry, const py::object& tensor) const {
+  py::object copy = dense_(tensor, entry.dense_strides);
+  DlTensor found;
+  if (!read(copy.ptr(), &found)) throw std::runtime_error("a dense copy cannot be read");
+  return {std::move(copy), address_of(found)};
+}
+
+void GpuPlan::take(Entry& entry, const DlTensor& p, const DlTensor& g, py::object gradient) {
+  void *param = address_of(p), *grad = address_of(g);
+  if (!entry.empty() && !entry.memory_strides.empty()) {
+    py::object copy;
+    std::tie(copy, param) = dense(entry, entry.parameter);
+    copied_.emplace_back(entry.parameter, std::move(copy));
+  }
+  if (!entry.empty() && !same_strides(entry.shape, g.strides, entry.dense_strides.data()))
+    std::tie(gradient, grad) = dense(entry, gradient);
+  const Record& r = entry.record;
+  GpuTensor tensor{};
+  tensor.loops = r.loops;
+  tensor.parameter = storage_of(p);
+  tensor.gradient = storage_of(g);
+  tensor.state = entry.state_type;
+  tensor.param = tensor.output = param;
+  tensor.grad = grad;
+  tensor.apply = true;
+  tensor.momentum = r.momentum;
+  tensor.second_moment = r.second_moment;
+  tensor.row = static_cast<float*>(r.row);
+  tensor.column = static_cast<float*>(r.column);
+  tensor.mean_squares = static_cast<float*>(r.mean_squares);
+  tensor.momentum_stride = r.momentum_stride;
+  tensor.theta = theta_;
+  tensor.t = {0.0, entry.step, ScalarType::int64};
+  tensor.step = entry.step;
+  tensors_.push_back(tensor);
+  groups_.push_back(entry.group);
+  alive_.push_back(std::move(gradient));
+}
+
+void GpuPlan::forget() {
+  tensors_.clear();
+  groups_.clear();
+  alive_.clear();
+  copied_.clear();
+}
+
+py::list GpuPlan::run(const std::vector<Scalar>& lrs, const std::vector<Scalar>& weight_decays,
+                      const Scalar& grad_scale, bool divide, std::optional<Scalar> max_grad_norm,
+                      uintptr_t found_inf, int32_t variant, int32_t schedule, const py::object& scratch,
+                      uintptr_t stream) {
+  if (tensors_.empty()) return updated();
+  for (size_t i = 0; i < tensors_.size(); ++i) {
+    tensors_[i].lr = scalar_of(lrs.at(groups_[i]));
+    tensors_[i].weight_decay = scalar_of(weight_decays.at(groups_[i]));
+    tensors_[i].clip_group = max_grad_norm ? 0 : -1;
+  }
+  const DeviceScalar max_norm = max_grad_norm ? scalar_of(*max_grad_norm) : DeviceScalar{};
+  GpuStep step{};
+  step.spec = spec_;
+  step.tensors = tensors_.data();
+  step.count = int64_t(tensors_.size());
+  step.max_norms = &max_norm;
+  step.clip_groups = max_grad_norm ? 1 : 0;
+  step.grad_scale = scalar_of(grad_scale);
+  step.divide = divide;
+  step.found_inf = reinterpret_cast<const float*>(found_inf);
+  step.variant = MlpVariant(variant);
+  step.schedule = GpuSchedule(schedule);
+  void* memory = reinterpret_cast<void*>(scratch(gpu_scratch_bytes(step)).cast<uintptr_t>());
+  {
+    py::gil_scoped_release release;
+    gpu_step(step, *device_, ordinal_, memory, reinterpret_cast<void*>(stream));
+  }
+  for (const auto& [parameter, copy] : copied_) copy_(parameter, copy);
+  return updated();
+}
+
+int GpuPlan::traverse(visitproc visit, void* arg) const {
+  Py_VISIT(dense_.ptr());
+  Py_VISIT(copy_.ptr());
+  return PlanBase::traverse(visit, arg);
+}
+
+py::list ListPlan::run() const {
+  py::list found;
+  for (size_t i = 0; i < active_.size(); ++i)
+    found.append(py::make_tuple(active_[i]->parameter, gradients_[i]));
+  return found;
 }
 
 void bind_plan(py::module_& m) {
@@ -244,24 +401,45 @@ void bind_plan(py::module_& m) {
     type->tp_flags |= Py_TPFLAGS_HAVE_GC;
     type->tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
       Py_VISIT(Py_TYPE(self));
-      return py::detail::is_holder_constructed(self) ? py::cast<Plan&>(py::handle(self)).traverse(visit, arg)
-                                                     : 0;
+      return py::detail::is_holder_constructed(self)
+                 ? py::cast<PlanBase&>(py::handle(self)).traverse(visit, arg)
+                 : 0;
     };
     type->tp_clear = [](PyObject* self) {
-      if (py::detail::is_holder_constructed(self)) py::cast<Plan&>(py::handle(self)).clear();
+      if (py::detail::is_holder_constructed(self)) py::cast<PlanBase&>(py::handle(self)).clear();
       return 0;
     };
   };
-  py::class_<Plan>(m, "Plan", py::custom_type_setup(collectable))
+  py::enum_<Storage>(m, "Storage")
+      .value("float32", Storage::float32)
+      .value("bfloat16", Storage::bfloat16)
+      .value("float16", Storage::float16);
+  py::class_<PlanBase>(m, "PlanBase", py::custom_type_setup(collectable))
+      .def("add", &PlanBase::add, py::kw_only(), py::arg("parameter"), py::arg("group"), py::arg("record"),
+           py::arg("order"), py::arg("state"), py::arg("memory"), py::arg("step"),
+           py::arg("state_type") = Storage::float32)
+      .def("add_idle", &PlanBase::add_idle, py::arg("parameter"), py::arg("group"))
+      .def("add_foreign", &PlanBase::add_foreign, py::arg("parameter"), py::arg("group"))
+      .def("begin", &PlanBase::begin, py::arg("parameter_lists"), py::arg("state"))
+      .def("end", &PlanBase::end);
+  py::class_<Plan, PlanBase>(m, "Plan", py::custom_type_setup(collectable))
       .def(py::init<const Spec&, uintptr_t, uintptr_t, py::dict, py::capsule, py::object>(), py::kw_only(),
            py::arg("spec"), py::arg("theta_float32"), py::arg("theta_float64"), py::arg("state"),
            py::arg("exchange"), py::arg("is_negated"))
-      .def("add", &Plan::add, py::kw_only(), py::arg("parameter"), py::arg("group"), py::arg("record"),
-           py::arg("order"), py::arg("state"), py::arg("memory"), py::arg("step"))
-      .def("add_idle", &Plan::add_idle, py::arg("parameter"), py::arg("group"))
-      .def("add_foreign", &Plan::add_foreign, py::arg("parameter"), py::arg("group"))
-      .def("step", &Plan::step, py::arg("parameter_lists"), py::arg("state"), py::arg("lrs"),
-           py::arg("weight_decays"), py::arg("grad_scale"), py::arg("max_grad_norm"), py::arg("threads"));
+      .def("run", &Plan::run, py::arg("lrs"), py::arg("weight_decays"), py::arg("grad_scale"),
+           py::arg("max_grad_norm"), py::arg("threads"));
+  py::class_<GpuPlan, PlanBase>(m, "GpuPlan", py::custom_type_setup(collectable))
+      .def(py::init<const Spec&, py::capsule, int32_t, uintptr_t, py::dict, py::capsule, py::object,
+                    py::object, py::object>(),
+           py::kw_only(), py::arg("spec"), py::arg("device"), py::arg("ordinal"), py::arg("theta"),
+           py::arg("state"), py::arg("exchange"), py::arg("is_negated"), py::arg("dense"), py::arg("copy"))
+      .def("run", &GpuPlan::run, py::kw_only(), py::arg("lrs"), py::arg("weight_decays"),
+           py::arg("grad_scale"), py::arg("divide"), py::arg("max_grad_norm"), py::arg("found_inf"),
+           py::arg("variant"), py::arg("schedule"), py::arg("scratch"), py::arg("stream"));
+  py::class_<ListPlan, PlanBase>(m, "ListPlan", py::custom_type_setup(collectable))
+      .def(py::init<const Spec&, py::dict, py::capsule, py::object>(), py::kw_only(), py::arg("spec"),
+           py::arg("state"), py::arg("exchange"), py::arg("is_negated"))
+      .def("run", &ListPlan::run);
 }
 
 }  // namespace lopt

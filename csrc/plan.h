@@ -5,17 +5,21 @@
 
 #include <atomic>
 #include <cstdint>
+#include <optional>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "csrc/core.h"
 #include "csrc/dlpack_abi.h"
+#include "csrc/gpu.h"
 
 namespace lopt {
 
 // What does not change of one tensor: how it lies in memory, where its state is.
 struct Record {
-  Dtype dtype;
+  Dtype dtype;  // of the arithmetic; with the CPU kernels of everything in memory as well
   Loops loops;
   std::vector<int64_t> sizes;  // memory order, outermost first
   void *momentum, *second_moment, *row, *column, *mean_squares;
@@ -26,34 +30,39 @@ struct Record {
 // what the plan was built for; where they differ it does nothing and says so, and Python looks closer: it
 // raises the error or builds a new plan. So all messages are written in one place, and a step costs well
 // under a microsecond per tensor.
-class Plan {
+//
+// A plan is the share of one device and backend. A step is begin(), the run() of the derived class, end(); so
+// that with several shares all of them begin, and nothing has been written if one does not fit.
+class PlanBase {
  public:
   // `exchange` is torch.Tensor.__dlpack_c_exchange_api__, `is_negated` is torch.Tensor.is_neg: a lazily
   // negated gradient has the memory of another.
-  Plan(const Spec& spec, uintptr_t theta_float32, uintptr_t theta_float64, pybind11::dict state,
-       pybind11::capsule exchange, pybind11::object is_negated);
+  PlanBase(const Spec& spec, pybind11::dict state, pybind11::capsule exchange, pybind11::object is_negated);
+  virtual ~PlanBase() = default;
+  PlanBase(const PlanBase&) = delete;
+  PlanBase& operator=(const PlanBase&) = delete;
 
   // Parameters in the order of the optimizer's groups. `order`: axes from the outermost to the innermost in
   // memory. `state` is the parameter's dictionary; `memory` are the storages of the tensors in it, kept alive
-  // with the plan.
+  // with the plan. `state_type`: of momentum and second moment.
   void add(pybind11::object parameter, size_t group, const Record& record, std::vector<int64_t> order,
-           pybind11::dict state, pybind11::object memory, uintptr_t step);
+           pybind11::dict state, pybind11::object memory, uintptr_t step, Storage state_type);
   // A parameter that has had no gradient yet: when it gets one, the plan no longer fits.
   void add_idle(pybind11::object parameter, size_t group);
   // A parameter that this plan leaves to others.
   void add_foreign(pybind11::object parameter, size_t group);
 
-  // One step over all parameters that have a gradient. Returns the list of these; None if the plan does not
-  // fit what it met. In both that case and that of an exception nothing has been written.
-  pybind11::object step(pybind11::list parameter_lists, pybind11::dict state, const std::vector<double>& lrs,
-                        const std::vector<double>& weight_decays, double grad_scale,
-                        pybind11::object max_grad_norm, int threads);
+  // Collects all parameters that have a gradient. False if the plan does not fit what it met; then, and after
+  // an exception, there is nothing to end. Throws std::runtime_error if another thread is between begin() and
+  // end().
+  bool begin(const pybind11::list& parameter_lists, const pybind11::dict& state);
+  void end();
 
   // For Python's garbage collector: a hook of a parameter may hold the optimizer, which holds the plan.
-  int traverse(visitproc visit, void* arg) const;
-  void clear();
+  virtual int traverse(visitproc visit, void* arg) const;
+  virtual void clear();
 
- private:
+ protected:
   // A dictionary and what it held when the plan was built.
   class Snapshot {
    public:
@@ -73,6 +82,9 @@ class Plan {
     size_t group = 0;
     Role role = Role::idle;
     Record record{};
+    Storage state_type = Storage::float32;
+    int32_t device_type = 0, device_id = 0;
+    uint8_t type_code = 0, type_bits = 0;
     std::vector<int64_t> order, shape, strides;  // axes of the tensor
     std::vector<int64_t> memory_strides;         // of the parameter, in memory order; empty: dense
     std::vector<int64_t> dense_strides;          // axes of the tensor
@@ -82,16 +94,23 @@ class Plan {
         momentum;  // its address is read at each step: state that was swapped through .data is noticed
     pybind11::object memory;
     int64_t* step = nullptr;
+    bool empty() const;
   };
 
+  // One parameter of the step: all that is needed of `p` and `g` is read here.
+  virtual void take(Entry& entry, const DlTensor& p, const DlTensor& g, pybind11::object gradient) = 0;
+  // Forgets what take() has collected.
+  virtual void forget() = 0;
   bool read(PyObject* object, DlTensor* tensor) const;
-  bool fits(const Entry& entry, const DlTensor& tensor) const;
-  // Whether the plan fits; fills tensors_, active_ and gradients_.
-  bool collect(const pybind11::list& parameter_lists, const std::vector<double>& lrs,
-               const std::vector<double>& weight_decays, double grad_scale, bool clip);
+  pybind11::list updated() const;
 
   Spec spec_;
-  void* theta_[2];
+  std::vector<Entry*> active_;  // in the step in progress
+
+ private:
+  bool collect(const pybind11::list& parameter_lists);
+  bool fits(const Entry& entry, const DlTensor& tensor) const;
+
   Snapshot state_;
   pybind11::capsule exchange_capsule_;
   const DlExchangeApi* exchange_;
@@ -99,12 +118,85 @@ class Plan {
   pybind11::str grad_name_;
   std::vector<Entry> entries_;
   std::atomic<bool> running_{false};
+};
 
+// The share of the CPU kernels.
+class Plan final : public PlanBase {
+ public:
+  Plan(const Spec& spec, uintptr_t theta_float32, uintptr_t theta_float64, pybind11::dict state,
+       pybind11::capsule exchange, pybind11::object is_negated);
+
+  // The step that begin() collected. Returns the list of its parameters.
+  pybind11::list run(const std::vector<double>& lrs, const std::vector<double>& weight_decays,
+                     double grad_scale, std::optional<double> max_grad_norm, int threads);
+
+ private:
+  void take(Entry& entry, const DlTensor& p, const DlTensor& g, pybind11::object gradient) override;
+  void forget() override;
+
+  void* theta_[2];
   // Of the step in progress.
   std::vector<Tensor> tensors_;
   std::vector<StepScalars> scalars_;
-  std::vector<Entry*> active_;
+  std::vector<size_t> groups_;
   std::vector<pybind11::object> gradients_;
+};
+
+// The share of one device with csrc/gpu.h.
+class GpuPlan final : public PlanBase {
+ public:
+  // (value, address on the device or 0, its ScalarType)
+  using Scalar = std::tuple<double, uintptr_t, int32_t>;
+
+  // `device` holds a const GpuDevice*. `theta` lies on the device. `dense(tensor, strides)` returns a copy
+  // with these strides, `copy(to, from)` writes one back: for parameters and gradients that do not lie in
+  // memory as the kernels take them.
+  GpuPlan(const Spec& spec, pybind11::capsule device, int32_t ordinal, uintptr_t theta, pybind11::dict state,
+          pybind11::capsule exchange, pybind11::object is_negated, pybind11::object dense,
+          pybind11::object copy);
+
+  // Enqueues the step that begin() collected on `stream`; the device must be the current one. One of `lrs`
+  // and `weight_decays` for each group. `found_inf`: address of a float on the device, or 0. `scratch(bytes)`
+  // returns the address of that much device memory. Returns the list of the step's parameters.
+  pybind11::list run(const std::vector<Scalar>& lrs, const std::vector<Scalar>& weight_decays,
+                     const Scalar& grad_scale, bool divide, std::optional<Scalar> max_grad_norm,
+                     uintptr_t found_inf, int32_t variant, int32_t schedule, const pybind11::object& scratch,
+                     uintptr_t stream);
+
+  int traverse(visitproc visit, void* arg) const override;
+
+ private:
+  void take(Entry& entry, const DlTensor& p, const DlTensor& g, pybind11::object gradient) override;
+  void forget() override;
+  // A copy of `tensor` that is dense in the entry's order, and its address.
+  std::pair<pybind11::object, void*> dense(const Entry& entry, const pybind11::object& tensor) const;
+
+  pybind11::capsule capsule_;
+  const GpuDevice* device_;
+  int32_t ordinal_;
+  const float* theta_;
+  pybind11::object dense_, copy_;
+  // Of the step in progress.
+  std::vector<GpuTensor> tensors_;
+  std::vector<size_t> groups_;
+  std::vector<pybind11::object> alive_;                                // gradients and copies of them
+  std::vector<std::pair<pybind11::object, pybind11::object>> copied_;  // parameters and their copies
+};
+
+// The share of a backend that is written in Python: what begin() has checked.
+class ListPlan final : public PlanBase {
+ public:
+  using PlanBase::PlanBase;
+  // [(parameter, its gradient), ...]
+  pybind11::list run() const;
+
+ private:
+  void take(Entry&, const DlTensor&, const DlTensor&, pybind11::object gradient) override {
+    gradients_.push_back(std::move(gradient));
+  }
+  void forget() override { gradients_.clear(); }
+
+  std::vector<pybind11::object> gradients_;  // of active_
 };
 
 void bind_plan(pybind11::module_& m);

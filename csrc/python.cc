@@ -11,6 +11,8 @@
 #include <vector>
 
 #include "csrc/core.h"
+#include "csrc/gpu_python.h"
+#include "csrc/gpu_test_hooks.h"
 #include "csrc/plan.h"
 #include "csrc/timing.h"
 #include "csrc/xla.h"
@@ -134,12 +136,31 @@ PYBIND11_MODULE(_native, m) {
         py::arg("max_grad_norm"), py::arg("pool"), py::arg("threads"));
 
   lopt::bind_plan(m);
+  lopt::bind_gpu(m);
+  lopt::bind_gpu_test_hooks(m);
 
   m.def("xla_handlers", [] {
     py::dict handlers;
-    handlers["small_fc_step"] = py::capsule(lopt::xla_small_fc_handler(), "xla._CUSTOM_CALL_TARGET");
+    auto handler = [](void* address) { return py::capsule(address, "xla._CUSTOM_CALL_TARGET"); };
+    handlers["cpu"] = handler(lopt::xla_small_fc_cpu_handler());
+    handlers["cuda"] = handler(lopt::xla_small_fc_gpu_handler());
+    handlers["emulator"] = handler(lopt::xla_small_fc_emulated_handler());
     return handlers;
   });
+  m.def("xla_set_device", [](const py::capsule& device) {  // as lopt_fast._cuda.device() gives it
+    const void* held = PyCapsule_GetPointer(device.ptr(), lopt::kGpuDeviceCapsule);
+    if (held == nullptr) throw py::error_already_set();
+    lopt::xla_set_device(*static_cast<const lopt::GpuDevice*>(held));
+  });
+  m.def(
+      "xla_gpu_scratch_bytes",
+      [](const lopt::Spec& spec, const std::vector<LoopNumbers>& leaves, bool clip) {
+        std::vector<lopt::Loops> loops;
+        for (const auto& [batch0, x, batch1, y, batch2, x_is_row, factored] : leaves)
+          loops.push_back({batch0, x, batch1, y, batch2, x_is_row, factored});
+        return lopt::xla_gpu_scratch_bytes(spec, loops, clip);
+      },
+      py::kw_only(), py::arg("spec"), py::arg("leaves"), py::arg("clip"));
 
   m.def(
       "time_passes",

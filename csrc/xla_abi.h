@@ -10,7 +10,8 @@
 namespace lopt::xla {
 
 enum : int32_t { kMetadataExtension = 1, kExecute = 3 };
-enum : int32_t { kS32 = 4, kS64 = 5, kF32 = 11, kF64 = 12 };
+enum : int32_t { kS32 = 4, kS64 = 5, kU8 = 6, kF32 = 11, kF64 = 12 };
+enum : uint32_t { kCommandBufferCompatible = 1 };  // traits
 enum : int32_t { kArrayAttribute = 1, kInvalidArgument = 3, kInternal = 13 };
 
 struct Extension {
@@ -91,6 +92,13 @@ struct ErrorDestroy {
   Error* error;
 };
 
+struct StreamGet {
+  size_t struct_size;
+  Extension* extensions;
+  Context* context;
+  void* stream;  // CUDA: a CUstream
+};
+
 struct Schedule {
   size_t struct_size;
   Extension* extensions;
@@ -114,7 +122,9 @@ struct Api {
   Error* (*error_create)(ErrorCreate*);
   void* error_get_message;
   void (*error_destroy)(ErrorDestroy*);
-  void* unused[8];  // registration, stream, types, state, device memory
+  void* handler_register;
+  Error* (*stream_get)(StreamGet*);
+  void* unused[6];  // types, state, device memory
   Error* (*schedule)(Schedule*);
   Error* (*num_threads)(NumThreads*);
 };

@@ -6,11 +6,15 @@ reference is plain array code, runs on every device and takes every specificatio
 
 from __future__ import annotations
 
+import ctypes
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from .spec import Spec
@@ -43,13 +47,93 @@ def native() -> Any:
     return module
 
 
+@cache
+def _import_cuda() -> tuple[Any, str]:
+    core, reason = _import_native()
+    if core is None:
+        return None, reason
+    try:
+        return import_module("lopt_fast._cuda"), ""
+    except ImportError as error:
+        built = getattr(core, "cuda_build", None)
+        if built == "":
+            return None, f"lopt_fast._cuda was built, but cannot be imported ({error})"
+        return None, (
+            f"lopt_fast._cuda was not built ({built or error}): reinstall lopt_fast with nvcc on the PATH, "
+            "pip install . in the source folder"
+        )
+
+
+def cuda() -> Any:
+    """The module with the CUDA kernels. Raises BackendError with the reason where it is missing."""
+    module, reason = _import_cuda()
+    if module is None:
+        raise BackendError(reason)
+    return module
+
+
+@cache
+def _cuda_missing(ordinal: int) -> str | None:
+    module, reason = _import_cuda()
+    if module is None:
+        return reason
+    problem: str | None = module.problem(ordinal)
+    return problem
+
+
+def _has_gpu_driver() -> bool:
+    """Without importing PyTorch, which takes seconds."""
+    try:
+        return Path("/dev/kfd").exists() or bool(ctypes.CDLL("libcuda.so.1"))
+    except OSError:
+        return False
+
+
+@cache
+def _triton_missing(ordinal: int) -> str | None:
+    if reason := _import_native()[1]:
+        return reason
+    for package in ("triton", "torch"):
+        if find_spec(package) is None:
+            return f"{package} is not installed: pip install {package}"
+    if not _has_gpu_driver() and os.environ.get("TRITON_INTERPRET") != "1":
+        return "no driver of an NVIDIA or AMD GPU was found (libcuda.so.1, /dev/kfd)"
+    try:
+        driver = import_module("lopt_fast.torch.triton")
+    except ImportError as error:
+        return f"it needs PyTorch, which cannot be imported ({error})"
+    problem: str | None = driver.available()
+    version = driver.torch.version
+    if problem and version.cuda is None and version.hip is None:
+        return f"this PyTorch ({version.__version__}) was built without CUDA and ROCm"
+    return problem
+
+
+def _cpu_missing(ordinal: int) -> str | None:
+    return _import_native()[1] or None
+
+
+def _nothing_missing(ordinal: int) -> str | None:
+    return None
+
+
 def _any_spec(spec: Spec, dtype_name: str) -> str | None:
     return None
 
 
 def _cpu_supports(spec: Spec, dtype_name: str) -> str | None:
-    if dtype_name not in ("float32", "float64"):
-        return f"it takes float32 and float64, not {dtype_name}"
+    return _kernel_supports(spec, dtype_name, ("float32", "float64"))
+
+
+def _gpu_supports(spec: Spec, dtype_name: str) -> str | None:
+    if spec.hidden_size > 64:
+        return f"it takes hidden_size 2 to 64, not {spec.hidden_size}"
+    return _kernel_supports(spec, dtype_name, ("float32", "bfloat16", "float16"))
+
+
+def _kernel_supports(spec: Spec, dtype_name: str, dtype_names: tuple[str, ...]) -> str | None:
+    if dtype_name not in dtype_names:
+        return f"it takes {', '.join(dtype_names[:-1])} and {dtype_names[-1]}, not {dtype_name}"
     if spec.feature_set != "default":
         return f"it takes feature_set 'default', not {spec.feature_set!r}"
     counts = len(spec.momentum_decays), len(spec.rms_decays), len(spec.adafactor_decays)
@@ -65,30 +149,24 @@ class Backend:
     name: str
     devices: tuple[str, ...]
     """Device types that it runs on; empty: all."""
-    available: Callable[[], str | None]
-    """None, or the reason why it cannot be used on this machine."""
+    missing: Callable[[int], str | None]
+    """None, or the reason why it cannot be used on this machine, on the device of this number."""
     supports: Callable[[Spec, str], str | None]
     """None, or the reason why it cannot compute this specification in this dtype."""
 
-    def refusal(self, spec: Spec, device_type: str, dtype_name: str) -> str | None:
+    def refusal(self, spec: Spec, device_type: str, dtype_name: str, ordinal: int = 0) -> str | None:
         """None if it can run, else the reason why not."""
-        if reason := self.available():
-            return reason
         if self.devices and device_type not in self.devices:
             return f"it runs on {' and '.join(self.devices)}, these arrays are on {device_type}"
-        return self.supports(spec, dtype_name)
-
-
-def _not_built() -> str:
-    return "not built in this version"
+        return self.missing(ordinal) or self.supports(spec, dtype_name)
 
 
 OPERATIONS: dict[str, tuple[Backend, ...]] = {
     "small_fc_lopt": (
-        Backend("cuda", ("cuda",), _not_built, _any_spec),
-        Backend("triton", ("cuda", "rocm"), _not_built, _any_spec),
-        Backend("cpu", ("cpu",), lambda: _import_native()[1] or None, _cpu_supports),
-        Backend("reference", (), lambda: None, _any_spec),
+        Backend("cuda", ("cuda",), _cuda_missing, _gpu_supports),
+        Backend("triton", ("cuda", "rocm"), _triton_missing, _gpu_supports),
+        Backend("cpu", ("cpu",), _cpu_missing, _cpu_supports),
+        Backend("reference", (), _nothing_missing, _any_spec),
     ),
 }
 """Implementations of each operation, best first."""
@@ -100,20 +178,28 @@ _warned: set[str] = set()
 
 
 def choose(
-    spec: Spec, device_type: str, dtype_name: str, backend: str = "auto", *, operation: str = "small_fc_lopt"
+    spec: Spec,
+    device_type: str,
+    dtype_name: str,
+    backend: str = "auto",
+    *,
+    ordinal: int = 0,
+    operation: str = "small_fc_lopt",
 ) -> str:
     """Name of the implementation of `operation` to use.
 
-    `device_type` is PyTorch's or JAX's name ("cpu", "cuda", "gpu", "tpu", ...), `dtype_name` as "float32".
+    `device_type` is PyTorch's or JAX's name ("cpu", "cuda", "gpu", "tpu", ...), `dtype_name` as "float32" that of the
+    parameters, `ordinal` the number of the device.
     Raises BackendError if `backend` is unknown or cannot be used. With "auto" it takes the first that can, and
     warns (BackendWarning, once for each reason) where that is the reference.
     """
-    if backend not in BACKENDS:
-        raise BackendError(f"backend={backend!r}: must be one of {', '.join(BACKENDS)}")
+    names = ("auto", *(b.name for b in OPERATIONS[operation]))
+    if backend not in names:
+        raise BackendError(f"backend={backend!r}: must be one of {', '.join(names)}")
     device = "cuda" if device_type == "gpu" else device_type
     refused: dict[str, str] = {}
     for candidate in OPERATIONS[operation]:
-        reason = candidate.refusal(spec, device, dtype_name)
+        reason = candidate.refusal(spec, device, dtype_name, ordinal)
         if backend == "auto" and reason is None:
             if candidate.name == "reference":
                 _warn_once(operation, device, refused)
@@ -155,7 +241,7 @@ class Row:
 def table() -> list[Row]:
     """Every operation and implementation, with the reason for each one that is missing on this machine."""
     return [
-        Row(operation, b.name, ", ".join(b.devices) or "all", b.available())
+        Row(operation, b.name, ", ".join(b.devices) or "all", b.missing(0))
         for operation, backends in OPERATIONS.items()
         for b in backends
     ]

@@ -124,7 +124,7 @@ def _info() -> dict[str, Any]:
     from . import __version__, backends, checkpoint
 
     versions: dict[str, str | None] = {"lopt_fast": __version__, "python": platform.python_version()}
-    for package in ("numpy", "torch", "jax", "jaxlib", "optax"):
+    for package in ("numpy", "torch", "triton", "jax", "jaxlib", "optax"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
@@ -189,6 +189,9 @@ def verify(
         str | None,
         typer.Option(help="float32 or float64; default: float64 for NumPy's reference, else float32."),
     ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cuda, cuda:1, ...; for torch. Default: one that the backend runs on.")
+    ] = None,
     json: Json = None,
 ) -> None:
     """Replay golden files through the public interface and compare every tensor and step.
@@ -204,7 +207,7 @@ def verify(
         advance = started("verify", len(files)) if len(files) > 1 else None
         for file in files:
             try:
-                report = replay(file, framework, backend, dtype)
+                report = replay(file, framework, backend, dtype, device)
             except GoldenError as error:
                 unreadable[str(file)] = str(error)
             else:

@@ -37,10 +37,11 @@ class Placement:
 
     shape: tuple[int, ...]
     order: tuple[int, ...]
+    on_gpu: bool = False
 
     @classmethod
-    def of(cls, shape: Sequence[int], strides: Sequence[int]) -> Placement:
-        return cls(tuple(shape), memory_order(strides, shape))
+    def of(cls, shape: Sequence[int], strides: Sequence[int], on_gpu: bool = False) -> Placement:
+        return cls(tuple(shape), memory_order(strides, shape), on_gpu)
 
     @property
     def loops(self) -> Loops:
@@ -60,16 +61,19 @@ class Placement:
 
     @property
     def momentum_stride(self) -> int:
-        """Elements from one momentum to the next. The momenta of a large tensor are kept a little apart: at a
-        distance of a power of two they would compete for the same memory banks (a tenth of the last pass)."""
+        """Elements from one momentum to the next. On a GPU a multiple of 16 bytes, the size of its loads. On the CPU
+        the momenta of a large tensor are kept a little apart: at a distance of a power of two they would compete for
+        the same memory banks (a tenth of the last pass)."""
         n = math.prod(self.shape)
+        if self.on_gpu:
+            return -(-n // 8) * 8
         return n + 1040 if n >= 1 << 18 else n
 
     def state_layouts(self, spec: Spec) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
         """(shape, strides in elements) of each array of `TensorState` that `spec` and the shape use.
 
         The decays outermost, then the parameter's memory order without the axis that is averaged away. Dense, but for
-        the momenta of a large tensor: see `momentum_stride`.
+        the distance of the momenta: see `momentum_stride`.
         """
 
         def layout(

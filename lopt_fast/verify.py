@@ -9,6 +9,7 @@ read out here through a network that passes one column on: 39 trajectories with 
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -125,9 +126,16 @@ class Report:
 
 
 def verify(
-    path: str | Path, framework: str = "numpy", backend: str = "auto", dtype: str | None = None
+    path: str | Path,
+    framework: str = "numpy",
+    backend: str = "auto",
+    dtype: str | None = None,
+    device: str | None = None,
 ) -> Report:
     """Replay one golden file.
+
+    `device` is PyTorch's name of one, as "cuda:1"; None: the first that the backend runs on, the CPU for "auto" and
+    "reference".
 
     `dtype` is float64 for NumPy's reference, else float32 by default. Let p be the expected parameters of a tensor
     after a step and d their change in it: the error may be ``4 eps max|p| + r max|d|``, with the eps of float64 and
@@ -137,13 +145,18 @@ def verify(
     backend that cannot be used.
     """
     run, dtype = _runner(framework, backend, dtype)
+    if device is not None and framework != "torch":
+        raise GoldenError(f"device {device!r}: can be chosen for torch alone, not for {framework}")
+    if device is not None and not re.fullmatch(r"[a-z]+(:\d+)?", device):
+        raise GoldenError(f"device {device!r}: must be as cpu, cuda or cuda:1")
+    device = device or _device(backend)
     case = load(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", BackendWarning)  # the report names the backend
-        chosen = ", ".join(sorted({_chosen(r.spec, framework, backend, dtype) for r in case.replays}))
+        chosen = ", ".join(sorted({_chosen(r.spec, framework, backend, dtype, device) for r in case.replays}))
     worst: dict[str, tuple[float, Row]] = {}
     for item in case.replays:
-        found = run(item, case.params0, case.grads, backend, dtype)
+        found = run(item, case.params0, case.grads, backend, dtype, device)
         for name, target in item.targets.items():
             ratio, row = _compare(name, case.params0[name], found[name], target, item, dtype, case.unit)
             if name not in worst or not ratio <= worst[name][0]:
@@ -397,8 +410,8 @@ def _features(path: Path, data: Arrays, meta: Mapping[str, Any]) -> Case:
 
 # Frameworks
 
-Runner = Callable[[Replay, Arrays, Arrays, str, str], Arrays]
-"""(replay, start values, gradients, backend, dtype) -> (steps, *shape) values after each step, float64."""
+Runner = Callable[[Replay, Arrays, Arrays, str, str, str], Arrays]
+"""(replay, start values, gradients, backend, dtype, device) -> (steps, *shape) values after each step, float64."""
 
 
 def _runner(framework: str, backend: str, dtype: str | None) -> tuple[Runner, str]:
@@ -411,18 +424,23 @@ def _runner(framework: str, backend: str, dtype: str | None) -> tuple[Runner, st
     return runners[framework], dtype or ("float64" if reference else "float32")
 
 
-def _chosen(spec: Spec, framework: str, backend: str, dtype: str) -> str:
+def _chosen(spec: Spec, framework: str, backend: str, dtype: str, device: str) -> str:
     """Name of the backend that will run. Raises BackendError if a forced one cannot."""
     if framework == "numpy" and backend == "auto":
         return "reference"
-    return choose(spec, _device(backend), dtype, backend)
+    if framework == "numpy" and device != "cpu":
+        raise BackendError(
+            f"backend={backend!r} runs on a GPU, NumPy's arrays are not there: choose torch or jax"
+        )
+    kind, _, ordinal = device.partition(":")
+    return choose(spec, kind, dtype, backend, ordinal=int(ordinal or 0))
 
 
 def _device(backend: str) -> str:
     return "cuda" if backend in ("cuda", "triton") else "cpu"
 
 
-def _run_numpy(item: Replay, params0: Arrays, grads: Arrays, backend: str, dtype: str) -> Arrays:
+def _run_numpy(item: Replay, params0: Arrays, grads: Arrays, backend: str, dtype: str, device: str) -> Arrays:
     from . import native, reference
 
     theta = {name: value.astype(dtype) for name, value in item.theta.items()}
@@ -451,7 +469,7 @@ def _run_numpy(item: Replay, params0: Arrays, grads: Arrays, backend: str, dtype
     return out
 
 
-def _run_torch(item: Replay, params0: Arrays, grads: Arrays, backend: str, dtype: str) -> Arrays:
+def _run_torch(item: Replay, params0: Arrays, grads: Arrays, backend: str, dtype: str, device: str) -> Arrays:
     try:
         import torch
     except ImportError as error:
@@ -459,9 +477,12 @@ def _run_torch(item: Replay, params0: Arrays, grads: Arrays, backend: str, dtype
     from .torch import LearnedOptimizer
 
     def tensor(value: np.ndarray) -> Any:
-        return torch.tensor(value, dtype=getattr(torch, dtype), device=_device(backend))
+        return torch.tensor(value, dtype=getattr(torch, dtype), device=device)
 
-    params = {name: torch.nn.Parameter(tensor(start)) for name, start in params0.items()}
+    try:
+        params = {name: torch.nn.Parameter(tensor(start)) for name, start in params0.items()}
+    except (RuntimeError, AssertionError) as error:
+        raise GoldenError(f"device {device!r} cannot be used by PyTorch: {error}") from error
     optimizer = LearnedOptimizer(
         list(params.values()), Checkpoint(item.spec, item.theta), lr=item.lr,
         weight_decay=item.weight_decay, backend=backend,
@@ -479,7 +500,7 @@ def _run_torch(item: Replay, params0: Arrays, grads: Arrays, backend: str, dtype
     return {name: np.stack(v) for name, v in values.items()}
 
 
-def _run_jax(item: Replay, params0: Arrays, grads: Arrays, backend: str, dtype: str) -> Arrays:
+def _run_jax(item: Replay, params0: Arrays, grads: Arrays, backend: str, dtype: str, device: str) -> Arrays:
     try:
         import jax
         import jax.numpy as jnp

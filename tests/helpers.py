@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
-from lopt_fast import reference
+from lopt_fast import backends, reference
 from lopt_fast.architectures import small_fc_lopt
 from lopt_fast.spec import Spec
 
@@ -72,6 +75,26 @@ def run_reference(
         updates.append(delta)
         states.append(state)
     return updates, states
+
+
+@contextmanager
+def gpu_on_cpu(name: str) -> Iterator[None]:
+    """PyTorch's CPU tensors as if they lay on a device that the host cannot read without waiting.
+
+    `name` is "emulator", GPU kernels run by csrc/gpu_emulator.cc, or "triton", run by Triton's interpreter. They become
+    the first choice of backend="auto"; what they do not take goes to the CPU kernels as before.
+    """
+    from lopt_fast.torch import device, scalars
+
+    kernels = backends.Backend(name, ("cpu",), lambda ordinal: None, backends._gpu_supports)
+    others = (b for b in backends.OPERATIONS["small_fc_lopt"] if b.name != name)
+    with (
+        mock.patch.dict(backends.OPERATIONS, {"small_fc_lopt": (kernels, *others)}),
+        mock.patch.dict(device.KERNELS, {"emulator": lambda: backends.native().gpu_emulator()}),
+        mock.patch.dict(device.TYPES, clear=True),
+        mock.patch.object(scalars, "HOST", frozenset()),
+    ):
+        yield
 
 
 class Golden:

@@ -32,6 +32,7 @@ STRUCTS = {
     ),
     "ErrorCreate": ("XLA_FFI_Error_Create_Args", [("message", "message"), ("code", "errc")]),
     "ErrorDestroy": ("XLA_FFI_Error_Destroy_Args", [("error", "error")]),
+    "StreamGet": ("XLA_FFI_Stream_Get_Args", [("context", "ctx"), ("stream", "stream")]),
     "Schedule": (
         "XLA_FFI_ThreadPool_Schedule_Args",
         [("context", "ctx"), ("task", "task"), ("data", "data")],
@@ -44,6 +45,7 @@ STRUCTS = {
             ("internal", "internal_api"),
             ("error_create", "XLA_FFI_Error_Create"),
             ("error_destroy", "XLA_FFI_Error_Destroy"),
+            ("stream_get", "XLA_FFI_Stream_Get"),
             ("schedule", "XLA_FFI_ThreadPool_Schedule"),
             ("num_threads", "XLA_FFI_ThreadPool_NumThreads"),
         ],
@@ -66,8 +68,10 @@ CONSTANTS = {
     "kExecute": "XLA_FFI_ExecutionStage_EXECUTE",
     "kS32": "XLA_FFI_DataType_S32",
     "kS64": "XLA_FFI_DataType_S64",
+    "kU8": "XLA_FFI_DataType_U8",
     "kF32": "XLA_FFI_DataType_F32",
     "kF64": "XLA_FFI_DataType_F64",
+    "kCommandBufferCompatible": "XLA_FFI_HANDLER_TRAITS_COMMAND_BUFFER_COMPATIBLE",
     "kArrayAttribute": "XLA_FFI_AttrType_ARRAY",
     "kInvalidArgument": "XLA_FFI_Error_Code_INVALID_ARGUMENT",
     "kInternal": "XLA_FFI_Error_Code_INTERNAL",
@@ -75,6 +79,7 @@ CONSTANTS = {
 PASSED_TO_XLA = (
     "ErrorCreate",
     "ErrorDestroy",
+    "StreamGet",
     "Schedule",
     "NumThreads",
 )  # XLA checks that they are large enough

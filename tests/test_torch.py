@@ -26,7 +26,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook  # noqa: E40
 from lopt_fast import backends, reference  # noqa: E402
 from lopt_fast.checkpoint import Checkpoint, CheckpointError  # noqa: E402
 from lopt_fast.spec import Spec  # noqa: E402
-from lopt_fast.torch import LearnedOptimizer, plan  # noqa: E402
+from lopt_fast.torch import LearnedOptimizer, state  # noqa: E402
 
 HAVE_KERNELS = backends._import_native()[0] is not None
 SPEC = Spec(
@@ -208,15 +208,15 @@ def test_state_of_one_optimizer_mixes_kernels_and_reference(monkeypatch: pytest.
     """As with parameters on several devices: one norm over both shares, and both are updated."""
     if not HAVE_KERNELS:
         pytest.skip("no compiled kernels")
-    real = plan.choose
+    real = state.choose
 
-    def choose(spec: Spec, device_type: str, dtype_name: str, backend: str) -> str:
+    def choose(spec: Spec, device_type: str, dtype_name: str, backend: str, **options: Any) -> str:
         return "reference" if dtype_name == "float64" else real(spec, device_type, dtype_name, backend)
 
     results = []
     for mixed in (False, True):
         if mixed:
-            monkeypatch.setattr(plan, "choose", choose)
+            monkeypatch.setattr(state, "choose", choose)
         params = [*make_parameters(), *make_parameters(dtype=torch.float64, seed=1)]
         optimizer = LearnedOptimizer(params, CHECKPOINT, max_grad_norm=0.5, weight_decay=0.1)
         run(optimizer, params, range(2))

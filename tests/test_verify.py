@@ -290,7 +290,9 @@ def test_unusable_arguments(tmp_path: Path) -> None:
         (("--framework", "mxnet"), "framework 'mxnet': must be one of"),
         (("--dtype", "float16"), "dtype 'float16': must be one of"),
         (("--backend", "abacus"), "backend='abacus': must be one of"),
-        (("--backend", "cuda"), "cannot be used: not built in this version"),
+        (("--backend", "cuda"), "NumPy's arrays are not there"),
+        (("--device", "cuda"), "device 'cuda': can be chosen for torch alone"),
+        (("--framework", "torch", "--device", "cuda:x"), "device 'cuda:x': must be as"),
     ):
         result = run(path, *arguments)
         assert result.exit_code == 2, result.output

@@ -1,8 +1,8 @@
 """What `lopt-fast bench` measures. Contenders are built, verified against the reference, then timed in alternation.
 
 `timing` alternates and summarises, `workloads` says on what, `contenders` builds what is timed, `records` says on
-which machine and writes the JSON; one module for each subcommand (`update`, `passes`, `width`, `memory`, `peers`)
-puts them together, and `report` prints tables.
+which machine and writes the JSON; one module for each subcommand (`update`, `passes`, `width`, `memory`, `peers`,
+`gpu`) puts them together, and `report` prints tables.
 """
 
 

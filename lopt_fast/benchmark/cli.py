@@ -14,7 +14,21 @@ from rich.console import Console
 
 from ..backends import BackendError, choose
 from ..spec import Spec, SpecError, Statistics
-from . import BenchmarkError, contenders, memory, passes, peers, records, report, update, width, workloads
+from . import (
+    BenchmarkError,
+    contenders,
+    gpu,
+    memory,
+    passes,
+    peers,
+    predict,
+    records,
+    report,
+    resources,
+    update,
+    width,
+    workloads,
+)
 from .contenders import Config, Framework
 
 app = typer.Typer(no_args_is_help=True, help="Time optimizer steps. Ratios are paired within one run.")
@@ -279,6 +293,105 @@ def peers_command(
             say=_say,
         )
         _finish("peers", results, config, {"backend": config.backend, "dtype": "float32"}, load, json)
+
+
+@app.command("gpu")
+def gpu_command(
+    sections: Annotated[str, typer.Option(help="Which sections, by commas.")] = ",".join(gpu.SHARES),
+    seconds: Annotated[float, typer.Option(min=1.0, help="How long the whole run may take.")] = gpu.SECONDS,
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="The same code on the processor, tiny; times mean nothing.")
+    ] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only say whether it can run here (exit status 2 if not).")
+    ] = False,
+    json: Annotated[
+        Path | None,
+        typer.Option("--json", help="Write the record here; into a folder: named by device and date."),
+    ] = None,
+) -> None:
+    """Everything on an NVIDIA GPU: models, passes, widths, framework code, peers, JAX, training steps."""
+    with _errors():
+        if check:
+            typer.echo(gpu.describe())
+            return
+        load = _load()
+        chosen = _list("--sections", sections, str)
+        result = gpu.run(rehearse=rehearse, sections=chosen, seconds=seconds, say=_say)
+        device = gpu.device(rehearse)
+        record = records.record(
+            "gpu",
+            [result],
+            threads=records.available_threads(),
+            options={"rehearsal": rehearse, "seconds": seconds, "dtype": "float32"},
+            load_average=load,
+            device=device,
+        )
+        if json is not None:
+            file = json / gpu.file_name(device) if json.is_dir() or not json.suffix else json
+            records.write(file, record)
+            _say(f"record: {file}")
+        typer.echo(report.render(record))
+
+
+@app.command("resources")
+def resources_command(
+    backend: Annotated[str, typer.Option(help="cuda, triton, or both by a comma.")] = "cuda",
+    binary: Annotated[
+        Path | None, typer.Option(help="CUDA: another library, object file or cubin than the installed one.")
+    ] = None,
+    table: Annotated[
+        Path | None, typer.Option(help="Compare with this table, not kernels/small_fc_lopt/resources.json.")
+    ] = None,
+    update: Annotated[bool, typer.Option("--update", help="Write what is found into the table.")] = False,
+    functions: Annotated[
+        bool, typer.Option(help="Print what a kernel calls in rows of its own, not added up.")
+    ] = False,
+    json: Json = None,
+) -> None:
+    """Registers, spills, vector loads and tensor-core instructions of the compiled GPU kernels (no GPU needed)."""
+    with _errors():
+        file = resources.default_table() if table is None else table
+        expected = resources.read(file) if file.exists() or not update else {}
+        accepted = dict(expected)
+        found: dict[str, resources.Resources] = {}
+        complaints: list[str] = []
+        for name in _list("--backend", backend, _resources_backend):
+            _say(f"reading the kernels of {name}")
+            part = resources.measure(name, binary)
+            before = resources.select(expected, name)
+            complaints += resources.compare(part, before, partial=binary is not None)
+            if binary is None:
+                accepted = {k: row for k, row in accepted.items() if k not in before}
+            accepted |= part
+            found |= part
+        if json is not None:
+            resources.write(json, found)
+        typer.echo(resources.render(found, kernels_only=not functions))
+        for complaint in complaints:
+            _say(complaint)
+        if update:
+            resources.write(file, accepted)
+            _say(f"{file}: {len(found)} rows written")
+        elif complaints:
+            raise BenchmarkError(f"{len(complaints)} differences to {file}. {resources.ACCEPT}")
+
+
+def _resources_backend(text: str) -> resources.Backend:
+    for name in resources.BACKENDS:
+        if text == name:
+            return name
+    raise BenchmarkError(f"--backend {text!r}: choose from {', '.join(resources.BACKENDS)}")
+
+
+@app.command("predict")
+def predict_command(
+    layers: Annotated[int, typer.Option(min=1, max=2, help="Hidden layers.")] = 2,
+    parameter_bytes: Annotated[int, typer.Option(help="Bytes of a parameter and of its gradient.")] = 4,
+    state_bytes: Annotated[int, typer.Option(help="Bytes of a number of the state.")] = 4,
+) -> None:
+    """Times per parameter on GPUs, from bytes and operations alone."""
+    typer.echo(predict.render(predict.Storage(parameter_bytes, parameter_bytes, state_bytes), layers))
 
 
 @app.command("report")

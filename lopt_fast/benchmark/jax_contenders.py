@@ -20,8 +20,19 @@ import numpy as np
 import optax
 
 from .. import reference
-from ..architectures import small_fc_lopt
-from .contenders import BETA1, BETA2, EPSILON, LR, WEIGHT_DECAY, Arrays, Config, Contender, Kind, checkpoint
+from .contenders import (
+    BETA1,
+    BETA2,
+    EPSILON,
+    LR,
+    WEIGHT_DECAY,
+    Arrays,
+    Config,
+    Contender,
+    Kind,
+    checkpoint,
+    meta_parameters,
+)
 
 Step = Callable[[Any, Any, Any], tuple[Any, ...]]
 """(parameters, state, gradients) -> (parameters, state, ...), not yet under jit."""
@@ -60,7 +71,7 @@ def wrap(
     copies = jax.jit(lambda grads: [jnp.copy(g) for g in grads])
     # A copy, since an array that shares NumPy's memory could not be donated; on a named device, as the outputs will
     # be: else the second step would be compiled anew.
-    device = jax.devices("cpu")[0]
+    device = jax.devices(config.device)[0]
     params, state = jax.device_put(start([jnp.array(p) for p in parameters]), device)
     fresh = jax.device_put([jnp.array(g) for g in gradients], device)
     waiting: list[list[jax.Array]] = []
@@ -103,7 +114,7 @@ def _transformation(kind: Kind, config: Config) -> Any:
 def _framework_transformation(kind: Kind, config: Config) -> Any:
     spec = config.spec
     method: Literal["matmul", "elementwise"] = "matmul" if kind == "matmul" else "elementwise"
-    theta = {name: jnp.asarray(a) for name, a in small_fc_lopt.init_theta(spec, seed=0).items()}
+    theta = {name: jnp.asarray(a) for name, a in meta_parameters(spec).items()}
 
     def init(params: Any) -> Any:
         return jnp.zeros((), jnp.int32), [reference.init_state(spec, p) for p in params]

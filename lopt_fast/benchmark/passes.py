@@ -28,11 +28,10 @@ from typing import Any
 import numpy as np
 
 from .. import backends, native
-from ..architectures import small_fc_lopt
 from ..layout import loops
 from ..spec import Statistics
 from . import BenchmarkError, timing
-from .contenders import Config, Contender
+from .contenders import Config, Contender, meta_parameters
 from .workloads import READ_BYTES, STATE_BYTES, Workload
 
 TimePasses = Callable[..., dict[str, list[float]]]
@@ -100,7 +99,7 @@ def _measure(
     hook: TimePasses, copy: Contender, workload: Workload, config: Config, rounds: int, copy_parameters: int
 ) -> dict[str, Any]:
     spec = config.spec
-    theta = native.flat_theta(spec, small_fc_lopt.init_theta(spec, seed=0))["float32"]
+    theta = native.flat_theta(spec, meta_parameters(spec))["float32"]
     schedule = timing.Plan({copy.name: 1}, {copy.name: 1})
     copies: list[float] = []
     samples: dict[str, list[float]] = {}

@@ -11,9 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..architectures import small_fc_lopt
 from . import BenchmarkError, contenders, timing
-from .contenders import Arrays, Config, Contender, Framework, Kind
+from .contenders import Arrays, Config, Contender, Framework, Kind, meta_parameters
 from .update import JAX_ELEMENTWISE_WIDTH, Budget, comparison, describe
 from .workloads import Workload
 
@@ -37,7 +36,7 @@ def _pylo(config: Config) -> contenders.Builder:
     from . import torch_contenders
 
     spec = config.spec
-    theta = {n: torch.from_numpy(a) for n, a in small_fc_lopt.init_theta(spec, seed=0).items()}
+    theta = {n: torch.from_numpy(a) for n, a in meta_parameters(spec).items()}
     # Its count of hidden layers leaves the first one out; weights are (outputs, inputs).
     network = MetaMLP(spec.input_size, spec.hidden_size, spec.hidden_layers - 1)
     linear = [m for m in network.modules() if isinstance(m, torch.nn.Linear)]
@@ -84,7 +83,7 @@ def _google(concat_weights: bool) -> Callable[[Config], contenders.Builder]:
         from . import jax_contenders
 
         spec = config.spec
-        ours = {n: jnp.asarray(a) for n, a in small_fc_lopt.init_theta(spec, seed=0).items()}
+        ours = {n: jnp.asarray(a) for n, a in meta_parameters(spec).items()}
         learned = AdafacMLPLOpt(
             exp_mult=spec.exp_mult,
             step_mult=spec.step_mult,

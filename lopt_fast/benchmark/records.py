@@ -19,8 +19,8 @@ from ..files import write_atomically
 from . import BenchmarkError
 
 SCHEMA = 1
-BENCHMARKS = ("update", "passes", "width", "memory", "peers")
-_PACKAGES = ("lopt_fast", "torch", "jax", "jaxlib", "optax", "numpy")
+BENCHMARKS = ("update", "passes", "width", "memory", "peers", "gpu")
+_PACKAGES = ("lopt_fast", "torch", "triton", "jax", "jaxlib", "optax", "numpy")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -133,8 +133,10 @@ def record(
     threads: int,
     options: Mapping[str, Any],
     load_average: float | None = None,
+    device: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """One record: what `--json` writes and `report` reads. `load_average` is that before the run."""
+    """One record: what `--json` writes and `report` reads. `load_average` is that before the run; `device` describes
+    the GPU where there is one."""
     where = machine(threads)
     if load_average is not None:
         where["load_average"] = round(load_average, 2)
@@ -145,6 +147,7 @@ def record(
         "commit": commit(),
         "command": command_line(),
         "machine": where,
+        **({} if device is None else {"device": dict(device)}),
         "versions": versions(),
         "options": dict(options),
         "results": [dict(r) for r in results],

@@ -159,6 +159,66 @@ def memory(record: Record) -> str:
     return table(header, rows)
 
 
+def gpu(record: Record) -> str:
+    """One table for all sections of a GPU run, then what was asked for and what is missing."""
+    header = [
+        "section",
+        "tensors",
+        "width",
+        "statistics",
+        "contender",
+        "time",
+        "ns/param.",
+        "GB/s",
+        "of copy",
+    ]
+    header += ["vs AdamW fused", "vs", "error/tol."]
+    rows = []
+    (result,) = record["results"]
+    for r in result["rows"]:
+        others = [
+            f"{name.removesuffix(' graph')}: {digits(value['median'])}"
+            for name, value in r["ratios"].items()
+            if not name.startswith("adamw_fused")
+        ]
+        others += [f"{digits(value)} {unit}" for unit, value in (r["per_second"] or {}).items()]
+        adamw = next((v for name, v in r["ratios"].items() if name.startswith("adamw_fused")), None)
+        share, error = r["share_of_copy"], r["error_over_tolerance"]
+        rows.append(
+            [
+                r["section"],
+                r["workload"],
+                "" if r["width"] is None else str(r["width"]),
+                r["statistics"] or "",
+                r["contender"],
+                seconds(r["seconds"]["median"]),
+                digits(r["ns_per_parameter"])
+                if r["ns_per_parameter"] >= 0.1
+                else f"{r['ns_per_parameter']:.4f}",
+                "" if r["gb_per_second"] is None else digits(r["gb_per_second"]),
+                "" if share is None else f"{100 * share['median']:.0f}%",
+                "" if adamw is None else digits(adamw["median"]),
+                ", ".join(others),
+                "" if error is None else f"{error:.2g}",
+            ]
+        )
+    asked = [
+        [
+            f["name"],
+            "not measured" if f["value"] is None else digits(f["value"]),
+            f["limit"],
+            {None: "", True: "met", False: "missed"}[f["met"]],
+        ]
+        for f in result["findings"]
+    ]
+    parts = [table(header, rows), table(["asked for", "measured", "limit", ""], asked)]
+    missing = [f"- {s['section']}, {s['what']}: {s['reason']}" for s in result["skipped"]]
+    if missing:
+        parts.append("Not measured:\n\n" + "\n".join(missing))
+    described = ", ".join(f"{key} {value}" for key, value in record["device"].items() if value is not None)
+    return "\n\n".join([*parts, described])
+
+
 def render(record: Record) -> str:
     """The record's tables, then where they come from."""
     kind = record["benchmark"]
@@ -166,6 +226,8 @@ def render(record: Record) -> str:
         body = passes(record)
     elif kind == "memory":
         body = memory(record)
+    elif kind == "gpu":
+        body = gpu(record)
     else:
         body = comparisons(record)
         if kind == "update":

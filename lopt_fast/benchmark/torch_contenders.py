@@ -9,8 +9,19 @@ import numpy as np
 import torch
 
 from .. import reference
-from ..architectures import small_fc_lopt
-from .contenders import BETA1, BETA2, EPSILON, LR, WEIGHT_DECAY, Arrays, Config, Contender, Kind, checkpoint
+from .contenders import (
+    BETA1,
+    BETA2,
+    EPSILON,
+    LR,
+    WEIGHT_DECAY,
+    Arrays,
+    Config,
+    Contender,
+    Kind,
+    checkpoint,
+    meta_parameters,
+)
 
 
 def build(kind: Kind, config: Config, parameters: Arrays, gradients: Arrays) -> Contender:
@@ -64,7 +75,7 @@ def _step(kind: Kind, config: Config, params: list[torch.nn.Parameter]) -> Calla
 def _framework_step(kind: Kind, config: Config, params: list[torch.nn.Parameter]) -> Callable[[], None]:
     spec = config.spec
     method: Literal["matmul", "elementwise"] = "matmul" if kind == "matmul" else "elementwise"
-    theta = {name: torch.from_numpy(a) for name, a in small_fc_lopt.init_theta(spec, seed=0).items()}
+    theta = {name: torch.from_numpy(a) for name, a in meta_parameters(spec).items()}
     states = [reference.init_state(spec, p.detach()) for p in params]
     t = 0
 

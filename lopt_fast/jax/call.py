@@ -1,9 +1,9 @@
-"""One step over a whole tree of parameters: the custom call of the CPU kernel, and the reference in its place.
+"""One step over a whole tree of parameters: the custom calls of the kernels, and the reference in their place.
 
 Both take and return the same arrays. The custom call aliases state with new state, and parameters with new parameters
 or else gradients with updates, so that what is donated or an intermediate result is overwritten in place; of anything
 else XLA makes a copy first. Under vmap it becomes one call with leading batch dimensions on everything. Operands and
-attributes are listed in csrc/xla.cc, which decodes them.
+attributes are listed in csrc/xla_call.h. On a GPU the call has scratch memory as one more result, which is dropped.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import reference
-from ..backends import BackendError, BackendWarning, choose, native
+from ..backends import BackendError, BackendWarning, choose, cuda, native
 from ..layout import loops
+from ..native import kernel_spec
 from ..reference import Array
 from ..spec import Spec
 from .state import Layout, put, take
 
-_TARGET = "lopt_fast_small_fc_step"
-_FORMAT = 1  # of the attributes; csrc/xla.cc refuses others
+_TARGETS = {"cpu": "lopt_fast_small_fc_step", "cuda": "lopt_fast_small_fc_step_gpu"}
+"""Name of the custom call, by JAX's name of the platform, which is also that of the backend."""
+_FORMAT = 1  # of the attributes; csrc/xla_call.cc refuses others
 
 
 class Theta(NamedTuple):
@@ -38,6 +40,15 @@ class Theta(NamedTuple):
     """(theta_size,), as the kernels take them."""
     named: dict[str, dict[str, Array]]
     """Arrays of `Spec.theta_shapes`."""
+
+
+class Choice(NamedTuple):
+    """What computes a step."""
+
+    kernels: tuple[str, ...]
+    """Platforms with a kernel; the one that a program is lowered for takes its own."""
+    reference: bool
+    """Other platforms take the reference. If False there is one kernel, used whatever the platform."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +62,7 @@ class Step:
     clip: bool
     apply: bool
     """Return new parameters instead of what is to be added to them."""
-    backend: str
-    """"cpu", "reference", or "by_platform": chosen when the program is lowered."""
+    choice: Choice
 
 
 @partial(jax.jit, static_argnums=0)
@@ -75,38 +85,55 @@ def learned_optimizer_step(
     """
     if not params:
         return [], buffers
-    kernel, plain = partial(_kernel, step), partial(_reference, step)
+    kernels = {name: partial(_kernel, step, name) for name in step.choice.kernels}
+    plain = partial(_reference, step)
     arguments = (theta, count, scalars, buffers, params, grads)
-    if step.backend == "by_platform":
-        return jax.lax.platform_dependent(*arguments, cpu=kernel, default=plain)
-    return (kernel if step.backend == "cpu" else plain)(*arguments)
+    if kernels and step.choice.reference:
+        return jax.lax.platform_dependent(*arguments, default=plain, **kernels)
+    return next(iter(kernels.values()), plain)(*arguments)
 
 
-def resolve(spec: Spec, dtypes: Sequence[str], backend: str) -> str:
-    """`Step.backend` for the name that the user gave.
+def resolve(spec: Spec, dtypes: Sequence[str], backend: str) -> Choice:
+    """What computes steps for parameters of these types, for the backend that the user named.
 
     Raises BackendError if `backend` is unknown or cannot be used here. With "auto" the reference is taken where there
     is no kernel, with a warning that says so once.
     """
-    default_platform = jax.default_backend()
     platforms = _platforms()
-    if backend == "auto" and default_platform != "cpu":
-        choose(spec, default_platform, dtypes[0], backend)  # warns that this platform has no kernel yet
-    device = "cpu" if "cpu" in platforms else default_platform
-    chosen = {choose(spec, device, dtype, backend) for dtype in dtypes}
-    if chosen != {"cpu"}:
-        return "reference"
-    if reason := registration_failure():
-        if backend != "auto":
-            raise BackendError(f"backend='cpu' cannot be used: {reason}")
+    if backend == "triton":
+        raise BackendError("backend='triton' is not for JAX: use 'cuda' on NVIDIA GPUs, or 'auto'")
+    if backend != "auto":
+        chosen = {choose(spec, backend if backend in platforms else platforms[0], d, backend) for d in dtypes}
+        if chosen == {"reference"}:
+            return Choice((), True)
+        if failure := registration_failure(backend):
+            raise BackendError(f"backend={backend!r} cannot be used: {failure}")
+        return Choice((backend,), False)
+    refused = {p: _refusal(spec, p, dtypes) for p in platforms if p in _TARGETS}
+    default = platforms[0]
+    reason = refused.get(default, f"JAX has no kernel for {default}")
+    # `choose` warns where nothing but the reference is left; what else it finds JAX cannot use.
+    if reason and "reference" not in {choose(spec, default, d, "auto") for d in dtypes}:
         _warn_once(f"small_fc_lopt uses the reference implementation, which is slow: {reason}")
-        return "reference"
-    return "by_platform" if backend == "auto" and platforms != {"cpu"} else "cpu"
+    kernels = tuple(platform for platform, refusal in refused.items() if refusal is None)
+    return Choice(kernels, reference=kernels != tuple(platforms) or len(kernels) > 1)
 
 
-def _platforms() -> set[str]:
-    """Platforms for which a program may be lowered in this process."""
-    return set(jax.extend.backend.backends())
+def _platforms() -> list[str]:
+    """Platforms for which a program may be lowered in this process, the default one first."""
+    found = jax.extend.backend.backends()
+    default = jax.extend.backend.get_backend()
+    return sorted(found, key=lambda name: found[name] is not default)
+
+
+def _refusal(spec: Spec, platform: str, dtypes: Sequence[str]) -> str | None:
+    """None if the platform's kernel can be used, else the reason why not."""
+    try:
+        for dtype in dtypes:
+            choose(spec, platform, dtype, platform)
+    except BackendError as error:
+        return str(error)
+    return registration_failure(platform)
 
 
 @cache
@@ -115,11 +142,14 @@ def _warn_once(message: str) -> None:
 
 
 @cache
-def registration_failure() -> str | None:
-    """Register the custom call with JAX at first use; None, or the reason why JAX refuses it."""
+def registration_failure(platform: str) -> str | None:
+    """Register the platform's custom call with JAX at first use; None, or the reason why JAX refuses it."""
     try:
-        handler = native().xla_handlers()["small_fc_step"]
-        jax.ffi.register_ffi_target(_TARGET, handler, platform="cpu")
+        core = native()
+        if platform == "cuda":
+            core.xla_set_device(cuda().device())
+        name = "CUDA" if platform == "cuda" else platform
+        jax.ffi.register_ffi_target(_TARGETS[platform], core.xla_handlers()[platform], platform=name)
     except Exception as error:  # a handler that is refused must not take JAX down with it
         return f"JAX {jax.__version__} does not take the custom call ({type(error).__name__}: {error})"
     return None
@@ -127,6 +157,7 @@ def registration_failure() -> str | None:
 
 def _kernel(
     step: Step,
+    backend: str,
     theta: Theta,
     count: Array,
     scalars: Array,
@@ -144,12 +175,16 @@ def _kernel(
     aliases |= {first_in_place + i: len(buffers) + i for i in range(len(params))}
     # The operands that results are like describe them, with the mesh axes that they vary over.
     results = operands[first_buffer : first_param + len(params)]
+    nests = [astuple(loops(leaf.shape)) for leaf in leaves]
     table = [
-        [*(int(n) for n in astuple(loops(leaf.shape))), *(n for slot in leaf.slots for n in _place(slot))]
-        for leaf in leaves
+        [*(int(n) for n in nest), *(n for slot in leaf.slots for n in _place(slot))]
+        for nest, leaf in zip(nests, leaves, strict=True)
     ]
+    if backend == "cuda":
+        scratch = native().xla_gpu_scratch_bytes(spec=kernel_spec(spec), leaves=nests, clip=step.clip)
+        results = [*results, *vary_like([jnp.zeros(scratch, jnp.uint8)], operands)]
     call = jax.ffi.ffi_call(
-        _TARGET,
+        _TARGETS[backend],
         results,
         vmap_method="broadcast_all",
         input_output_aliases=aliases,
@@ -165,7 +200,7 @@ def _kernel(
         sizes=np.array([math.prod(shape) for shape in step.layout.shapes], np.int64),
         leaves=np.array(table, np.int64).reshape(-1),
     )  # fmt: skip
-    return list(out[len(buffers) :]), list(out[: len(buffers)])
+    return list(out[len(buffers) : len(buffers) + len(params)]), list(out[: len(buffers)])
 
 
 def _place(slot: Any) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from ..checkpoint import Checkpoint, load
 from ..native import flat_theta
 from ..reference import Array, flatten_theta
 from ..spec import Spec, SpecError, Statistics
-from .call import Step, Theta, learned_optimizer_step, resolve, vary_like
+from .call import Choice, Step, Theta, learned_optimizer_step, resolve, vary_like
 from .state import Leaf, LearnedOptimizerState, layout, packed_dtypes
 
 Schedule: TypeAlias = Callable[[Array], Array]
@@ -62,7 +62,8 @@ def learned_optimizer(
             traced and batched (meta-training).
         statistics: "exact" or "lagged"; None: as the checkpoint says.
         max_grad_norm: gradients are scaled down to this norm, over all of them together; None: they are not.
-        backend: "auto", "cpu" (the kernel) or "reference" (plain array code; also differentiable).
+        backend: "auto", "cpu" or "cuda" (the kernels; "cuda" takes float32 parameters), or "reference" (plain array
+            code; also differentiable).
         num_steps: horizon of the training, for architectures that know theirs; not used by this one.
 
     Returns:
@@ -99,7 +100,7 @@ def learned_optimizer(
         found = _gradients(grads, params, treedef, plan.leaves)
         present = tuple(i for i, leaf in enumerate(plan.leaves) if found[i] is not None and leaf.size > 0)
         dtypes = sorted({plan.leaves[i].dtype for i in present})
-        chosen = resolve(spec, dtypes, backend) if present else "reference"
+        chosen = resolve(spec, dtypes, backend) if present else Choice((), True)
         outputs, buffers = learned_optimizer_step(
             Step(spec, plan, present, max_grad_norm is not None, apply, chosen),
             _theta(spec, theta, dtypes, chosen),
@@ -206,13 +207,13 @@ def _gradients(grads: Any, params: Any, treedef: Any, leaves: Sequence[Leaf]) ->
     return arrays
 
 
-def _theta(spec: Spec, theta: Mapping[str, Array], dtypes: Sequence[str], backend: str) -> Theta:
+def _theta(spec: Spec, theta: Mapping[str, Array], dtypes: Sequence[str], choice: Choice) -> Theta:
     """The meta-parameters in the form that the backend takes; those that are constants are folded here."""
     flat: dict[str, Array] = {}
     named: dict[str, dict[str, Array]] = {}
-    if backend != "cpu":
+    if choice.reference:
         named = {dtype: {name: jnp.asarray(a, dtype) for name, a in theta.items()} for dtype in dtypes}
-    if backend != "reference":
+    if choice.kernels:
         if all(isinstance(a, np.ndarray) for a in theta.values()):
             flat = {dtype: jnp.asarray(a) for dtype, a in flat_theta(spec, theta).items() if dtype in dtypes}
         else:

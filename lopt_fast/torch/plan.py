@@ -1,26 +1,24 @@
-"""What a step of `LearnedOptimizer` does: checks, state in the memory order of its parameter, kernel or reference.
+"""What a step of `LearnedOptimizer` does: checks, state in the memory order of its parameter, kernels or reference.
 
-The CPU kernels run through `lopt_fast._native.Plan` (csrc/plan.h), which holds addresses and notices cheaply when
-they no longer fit; then a new `Plan` is built here, and whatever is wrong raises an error before anything is written.
+Kernels run through the plans of csrc/plan.h, which hold addresses and notice cheaply when they no longer fit; then a
+new `Plan` is built here, and whatever is wrong raises an error before anything is written.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .. import reference
-from ..backends import choose, native
-from ..native import DTYPES, Placement, flat_theta, kernel_spec, overlaps
-from ..spec import Spec
-
-Groups = list[dict[str, Any]]
+from ..native import overlaps
+from . import device
+from .scalars import Groups, Number, clip_factor, hyperparameters, moved, on_host
+from .shares import CpuShare, GpuShare, Numbers, Planned, ReferenceShare, Share, State, TritonShare
+from .state import Home, Options, checked_state, dtype_name, initial_state
 
 
 def named_parameters(groups: Groups) -> Iterator[tuple[int, str, torch.Tensor]]:
@@ -32,15 +30,12 @@ def named_parameters(groups: Groups) -> Iterator[tuple[int, str, torch.Tensor]]:
             yield i, f"parameter {name} (shape {tuple(p.shape)})", p
 
 
-def _dtype_name(p: torch.Tensor) -> str:
-    return str(p.dtype).removeprefix("torch.")
-
-
-def check_parameters(spec: Spec, backend: str, groups: Groups) -> None:
+def check_parameters(options: Options, groups: Groups) -> list[Planned]:
     """Raise ValueError or BackendError, naming the parameter, unless all of them can be optimized."""
     seen: set[int] = set()
     memory: list[tuple[int, int, str]] = []
-    for _, name, p in named_parameters(groups):
+    found: list[Planned] = []
+    for group, name, p in named_parameters(groups):
         if id(p) in seen:
             raise ValueError(f"{name} is given twice: give each parameter once")
         seen.add(id(p))
@@ -48,21 +43,24 @@ def check_parameters(spec: Spec, backend: str, groups: Groups) -> None:
             raise ValueError(f"{name} is a {type(p).__name__}, a tensor made of others: not supported yet")
         if p.layout != torch.strided:
             raise ValueError(f"{name} has layout {p.layout}: only dense tensors can be optimized")
-        if _dtype_name(p) not in DTYPES:
+        types = device.types_on(p.device.type)
+        if dtype_name(p) not in types:
             raise ValueError(
-                f"{name} is {p.dtype}: float32 and float64 are supported so far, convert it first"
+                f"{name} is {p.dtype}: on {p.device.type} {', '.join(types[:-1])} and {types[-1]} are supported "
+                "so far, convert it first"
             )
         if overlaps(p.shape, p.stride()):
             raise ValueError(f"{name} overlaps itself in memory (strides {p.stride()}): use p.clone()")
         if p.is_neg():
             raise ValueError(f"{name} is a lazily negated view: use p.resolve_neg()")
-        choose(spec, p.device.type, _dtype_name(p), backend)
+        found.append((group, name, p, Home.of(options, name, p)))
         extent = sum((n - 1) * stride for n, stride in zip(p.shape, p.stride(), strict=True)) + 1
-        if p.device.type == "cpu" and p.data_ptr() and extent == p.numel():
+        if p.device.type in ("cpu", "cuda") and p.data_ptr() and extent == p.numel():
             memory.append((p.data_ptr(), p.data_ptr() + extent * p.element_size(), name))
     for (_, end, one), (begin, _, other) in pairwise(sorted(memory)):
         if begin < end:
             raise ValueError(f"{other} and {one} share memory: give one of them, or clone the other")
+    return found
 
 
 def check_gradient(name: str, p: torch.Tensor) -> None:
@@ -84,197 +82,121 @@ def check_gradient(name: str, p: torch.Tensor) -> None:
     ):
         if found != expected:
             raise ValueError(f"the gradient of {name} has {what} {found}, the parameter {expected}")
-    if p.numel() and p.device.type == "cpu" and (g.data_ptr() == 0 or p.data_ptr() == 0):
+    if p.numel() and p.device.type in ("cpu", "cuda") and (g.data_ptr() == 0 or p.data_ptr() == 0):
         raise ValueError(
             f"{name} or its gradient has no memory (a fake tensor, or one whose storage was freed)"
         )
 
 
-def checked_state(
-    spec: Spec, name: str, p: torch.Tensor, state: Mapping[str, Any], copy: bool = False
-) -> dict[str, Any]:
-    """`state` with every tensor in the type, device and memory order of `p`; itself reused where it is, but for `copy`.
+def prepare(options: Options, groups: Groups, state: State) -> list[Planned]:
+    """Check parameters, gradients and state, then create and move state where that is needed.
 
-    Raises ValueError, naming the parameter and the entry, if entries are missing, unknown or of wrong shapes.
+    Raises ValueError or BackendError, with nothing written, if a check fails.
     """
-    layouts = Placement.of(p.shape, p.stride()).state_layouts(spec)
-    expected = {"step", *layouts}
-    if state.keys() != expected:
-        missing, extra = sorted(expected - state.keys()), sorted(map(str, state.keys() - expected))
-        hint = "load a state that was saved with the same weights, architecture and statistics"
-        if {*missing, *extra} == {"mean_squares"}:
-            hint = (
-                f"it was not saved with statistics={spec.statistics!r}; pass the statistics it was saved with"
-            )
-        raise ValueError(f"state of {name}: missing {missing}, unknown {extra}: {hint}")
-    result: dict[str, Any] = {"step": _checked_step(name, state["step"], copy)}
-    for key, (shape, strides) in layouts.items():
-        value = state[key]
-        if not isinstance(value, torch.Tensor) or tuple(value.shape) != shape:
-            found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-            raise ValueError(
-                f"state of {name}: {key!r} is {found}, expected shape {shape}: "
-                "load a state that was saved for the same model and weights"
-            )
-        laid_out = all(n <= 1 or a == b for n, a, b in zip(shape, value.stride(), strides, strict=True))
-        if copy or value.dtype != p.dtype or value.device != p.device or not (laid_out or value.numel() == 0):
-            value = torch.empty_strided(shape, strides, dtype=p.dtype, device=p.device).copy_(value)
-        result[key] = value
-    return result
-
-
-def _checked_step(name: str, step: Any, copy: bool) -> torch.Tensor:
-    count = step.item() if isinstance(step, torch.Tensor) and step.numel() == 1 else step
-    is_count = isinstance(count, (int, float)) and 0 <= count < 2**62 and count == int(count)
-    if not is_count or isinstance(count, bool):
-        raise ValueError(f"state of {name}: 'step' must be one number of steps, not {step!r}")
-    exact = isinstance(step, torch.Tensor) and step.dtype == torch.int64 and step.dim() == 0
-    return (
-        step if exact and step.device.type == "cpu" and not copy else torch.tensor(int(count), device="cpu")
-    )
-
-
-def initial_state(spec: Spec, p: torch.Tensor) -> dict[str, Any]:
-    """Zero accumulators in the memory order of `p`, and no step taken."""
-    layouts = Placement.of(p.shape, p.stride()).state_layouts(spec)
-    zeros = {
-        key: torch.empty_strided(shape, strides, dtype=p.dtype, device=p.device).zero_()
-        for key, (shape, strides) in layouts.items()
-    }
-    return {"step": torch.tensor(0, device="cpu"), **zeros}
-
-
-class Plan:
-    """Everything that a step needs and that stays equal from step to step.
-
-    Building one checks all parameters and gradients, and then creates the state of parameters that have their first
-    gradient and moves state whose parameter has moved. Raises ValueError, with nothing written, if a check fails.
-    """
-
-    def __init__(
-        self, spec: Spec, theta: Mapping[str, Any], backend: str, groups: Groups, state: dict[Any, Any]
-    ) -> None:
-        self._spec, self._theta, self._backend = spec, theta, backend
-        self._cast_theta: dict[tuple[torch.device, torch.dtype], dict[str, torch.Tensor]] = {}
-        check_parameters(spec, backend, groups)
-        _prepare_state(spec, groups, state)
-        self._native = None
-        parameters = list(named_parameters(groups))
-        on_kernel = [choose(spec, p.device.type, _dtype_name(p), backend) == "cpu" for _, _, p in parameters]
-        self._foreign = not all(on_kernel)
-        if not any(on_kernel):
-            return
-        self._flat_theta = flat_theta(spec, theta)  # the native plan holds their addresses
-        self._native = native().Plan(
-            spec=kernel_spec(spec),
-            theta_float32=self._flat_theta["float32"].ctypes.data,
-            theta_float64=self._flat_theta["float64"].ctypes.data,
-            state=state,
-            exchange=torch.Tensor.__dlpack_c_exchange_api__,
-            is_negated=torch.Tensor.is_neg,
-        )
-        for (group, _, p), native_one in zip(parameters, on_kernel, strict=True):
-            if not native_one:
-                self._native.add_foreign(p, group)
-            elif not state.get(p):
-                self._native.add_idle(p, group)
-            else:
-                tensors = state[p]
-                placement = Placement.of(p.shape, p.stride())
-                self._native.add(
-                    parameter=p,
-                    group=group,
-                    record=placement.record(_dtype_name(p), {k: v.data_ptr() for k, v in tensors.items()}),
-                    order=placement.order,
-                    state=tensors,
-                    memory=[v.untyped_storage() for v in tensors.values()],
-                    step=tensors["step"].data_ptr(),
-                )
-
-    def step(
-        self,
-        groups: Groups,
-        state: dict[Any, Any],
-        lrs: list[float],
-        weight_decays: list[float],
-        grad_scale: float,
-        max_grad_norm: float | None,
-    ) -> bool:
-        """One step over all parameters that have a gradient. False, with nothing written, if a new plan is needed."""
-        foreign: list[tuple[int, torch.Tensor]] = []
-        if self._foreign:
-            check_parameters(self._spec, self._backend, groups)
-            _prepare_state(self._spec, groups, state)
-            parameters = [(i, p) for i, _, p in named_parameters(groups) if p.grad is not None]
-            foreign = [(i, p) for i, p in parameters if self._native is None or self._backend_of(p) != "cpu"]
-            if max_grad_norm is not None and foreign:  # the kernels see only their own share of the norm
-                grad_scale *= clip_factor([p.grad for _, p in parameters], grad_scale, max_grad_norm)
-                max_grad_norm = None
-        if self._native is not None:
-            lists = [group["params"] for group in groups]
-            threads = torch.get_num_threads()
-            updated = self._native.step(lists, state, lrs, weight_decays, grad_scale, max_grad_norm, threads)
-            if updated is None:
-                return False
-            if updated:
-                torch.autograd.graph.increment_version(updated)
-        for group, p in foreign:
-            self._reference_step(p, state[p], lrs[group], weight_decays[group], grad_scale)
-        return True
-
-    def _backend_of(self, p: torch.Tensor) -> str:
-        return choose(self._spec, p.device.type, _dtype_name(p), self._backend)
-
-    def _reference_step(
-        self, p: torch.Tensor, tensors: dict[str, Any], lr: float, weight_decay: float, grad_scale: float
-    ) -> None:
-        key = (p.device, p.dtype)
-        if key not in self._cast_theta:
-            self._cast_theta[key] = {
-                name: torch.tensor(array, dtype=p.dtype, device=p.device)
-                for name, array in self._theta.items()
-            }
-        unused = torch.zeros(0, dtype=p.dtype, device=p.device)
-        old = reference.TensorState(*(tensors.get(name, unused) for name in reference.TensorState._fields))
-        kind = p.device.type
-        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
-            delta, new = reference.update(
-                self._spec,
-                self._cast_theta[key],
-                p.detach(),
-                p.grad,
-                old,
-                int(tensors["step"]),
-                lr=lr,
-                weight_decay=weight_decay,
-                grad_scale=grad_scale,
-            )
-        p.add_(delta)
-        for name, value in new._asdict().items():
-            if name in tensors:
-                tensors[name].copy_(value)
-        tensors["step"] += 1
-
-
-def _prepare_state(spec: Spec, groups: Groups, state: dict[Any, Any]) -> None:
-    """Check the gradients and the state of all parameters, then create and move state where that is needed."""
+    found, spec = check_parameters(options, groups), options.spec
     moved = {}
-    for _, name, p in named_parameters(groups):
+    for _, name, p, home in found:
         if p.grad is not None:
             check_gradient(name, p)
         if state.get(p):
-            moved[p] = checked_state(spec, name, p, state[p])
-    for _, _, p in named_parameters(groups):
+            moved[p] = checked_state(spec, home, name, p, state[p])
+    for _, _, p, home in found:
         if p.grad is not None and p.grad.is_neg():
             p.grad = p.grad.resolve_neg()
         if p in moved:
             state[p].update(moved[p])
         elif p.grad is not None:
-            state[p] = initial_state(spec, p)
+            state[p] = initial_state(spec, home, p)
+    return found
 
 
-def clip_factor(gradients: list[Any], grad_scale: float, max_grad_norm: float) -> float:
-    """min(1, max_grad_norm / (norm + 1e-6)) of the norm of all gradients together, NaN if that is NaN."""
-    norms = [torch.linalg.vector_norm(g, dtype=torch.float64).item() for g in gradients]
-    factor = max_grad_norm / (abs(grad_scale) * math.sqrt(sum(n * n for n in norms)) + reference.CLIP_EPSILON)
-    return 1.0 if factor >= 1.0 else factor
+class Plan:
+    """Everything that a step needs and that stays equal from step to step, in shares by backend and device.
+
+    Building one checks all parameters and gradients, and then creates the state of parameters that have their first
+    gradient and moves state whose parameter has moved. Raises ValueError, with nothing written, if a check fails.
+    """
+
+    def __init__(self, options: Options, memory: device.Memory, groups: Groups, state: State) -> None:
+        for where in {p.device for _, _, p in named_parameters(groups)}:
+            if device.capturing(where):
+                raise RuntimeError(
+                    "a CUDA graph cannot capture the first step, nor the first one after parameters, state or options "
+                    "have changed: run a step before the capture, as the example of torch.cuda.CUDAGraph does"
+                )
+        self.options = options
+        everything = prepare(options, groups, state)
+        self._known = _identity(everything)
+        self._shares: list[Share] = []
+        for backend, where in dict.fromkeys((home.backend, p.device) for _, _, p, home in everything):
+            if backend == "triton":
+                self._shares.append(TritonShare(options, memory, everything, state, where))
+            elif backend in device.KERNELS:
+                self._shares.append(GpuShare(options, memory, everything, state, backend, where))
+        backends = {home.backend for _, _, _, home in everything}
+        if "cpu" in backends:
+            self._shares.append(CpuShare(options, memory, everything, state))
+        self._has_reference = "reference" in backends
+        if self._has_reference:
+            self._shares.append(ReferenceShare(options, memory, everything, state))
+
+    def step(
+        self,
+        groups: Groups,
+        state: State,
+        grad_scale: Any,
+        found_inf: Any,
+        max_grad_norm: float | None,
+    ) -> bool:
+        """One step over all parameters that have a gradient. False, with nothing written, if a new plan is needed.
+
+        Gradients are divided by `grad_scale`, a number or a tensor of one element or None; nothing happens where
+        `found_inf` is not 0. Raises ValueError, with nothing written, for values out of range.
+        """
+        host = any(share.on_host for share in self._shares)
+        if found_inf is not None and (host or on_host(found_inf)):
+            if float(found_inf) > 0.0:
+                return True
+            found_inf = None
+        lrs, weight_decays = hyperparameters(groups, read_devices=host)
+        scale, divide = 1.0 if grad_scale is None else grad_scale, True
+        if host or on_host(scale):
+            scale, divide = 1.0 / float(scale), False
+        numbers = Numbers(lrs, weight_decays, scale, divide, max_grad_norm, found_inf)
+
+        if self._has_reference and _identity(prepare(self.options, groups, state)) != self._known:
+            return False
+        lists = [group["params"] for group in groups]
+        begun: list[Share] = []
+        updated: list[torch.Tensor] = []
+        try:
+            for share in self._shares:
+                if not share.begin(lists, state):
+                    return False
+                begun.append(share)
+            if max_grad_norm is not None and (len(begun) > 1 or self._has_reference):
+                numbers = _clipped(groups, numbers, max_grad_norm, host)
+            for share in begun:
+                updated += share.run(numbers)
+        finally:
+            for share in begun:
+                share.end()
+        if updated:
+            torch.autograd.graph.increment_version(updated)
+        return True
+
+
+def _clipped(groups: Groups, numbers: Numbers, max_grad_norm: float, host: bool) -> Numbers:
+    """Clipping as a part of `grad_scale`: each share sees only its own gradients, the norm is that of all."""
+    gradients = [p.grad for _, _, p in named_parameters(groups) if p.grad is not None]
+    if not gradients:
+        return numbers
+    scale: Number = 1.0 / numbers.grad_scale if numbers.divide else numbers.grad_scale
+    factor = clip_factor(gradients, scale, max_grad_norm)
+    if isinstance(factor, torch.Tensor):
+        factor, scale = (float(factor), scale) if host else (factor, moved(scale, factor.device))
+    return replace(numbers, grad_scale=scale * factor, divide=False, max_grad_norm=None)
+
+
+def _identity(everything: list[Planned]) -> list[tuple[int, int, Home]]:
+    return [(group, id(p), home) for group, _, p, home in everything]

@@ -1,0 +1,173 @@
+// A GPU on the processor, for tests: runs the very code of the kernels (kernels/small_fc_lopt/gpu_passes.h),
+// one block after the other, and checks what the order of the work items promises.
+#include "csrc/gpu_emulator.h"
+
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "kernels/small_fc_lopt/gpu_matmul.h"
+
+namespace lopt {
+namespace {
+
+EmulatorSettings settings;
+
+const char* properties(int32_t, GpuProperties* out) {
+  *out = {settings.multiprocessors, settings.compute_capability, settings.l2_bytes};
+  return nullptr;
+}
+
+const char* clear(void* memory, size_t bytes, void*) {
+  std::memset(memory, 0, bytes);
+  return nullptr;
+}
+
+struct Item {
+  int32_t tensor, phase, index;
+};
+
+// Whether all items that an item needs are done.
+bool ready(const GpuLaunch& launch, const Item& item) {
+  const TensorRecord& r = launch.records[item.tensor];
+  for (int32_t phase = kFactorSums; phase < item.phase; ++phase)
+    if (launch.step.done[item.tensor * kPhases + phase] < items_of(r, phase, launch.step.lagged))
+      return false;
+  return true;
+}
+
+// Not zero: nothing may depend on what shared memory holds.
+template <typename S>
+std::unique_ptr<S> shared_memory() {
+  std::unique_ptr<S> shared(new S);
+  std::memset(static_cast<void*>(shared.get()), 0xff, sizeof(S));
+  return shared;
+}
+
+// Pass 3 on tensor cores.
+template <int H, bool Lagged, bool Bfloat16>
+void apply_matmul(const GpuLaunch& launch, const Item& item) {
+  HostBlock block;
+  const auto shared = shared_memory<MatmulShared<H, Bfloat16>>();
+  open_item(block, shared->base, launch, item.tensor, item.phase);
+  MatmulPasses<HostBlock, H, Lagged, Bfloat16> passes(block, *shared);
+  if (shared->base.record.factored)
+    passes.template apply_matmul<true>(item.index);
+  else
+    passes.template apply_matmul<false>(item.index);
+}
+
+template <int H, bool Lagged>
+const char* run_item(const GpuLaunch& launch, const Item& item) {
+  if (!ready(launch, item)) return "an item came before one that it needs";
+  if (item.phase == kApply && launch.variant != MlpVariant::elementwise) {
+    if constexpr (H < kMatmulLeast)
+      return "no kernel of this variant of the network for this width";
+    else if (launch.variant == MlpVariant::matmul)
+      apply_matmul<H, Lagged, false>(launch, item);
+    else
+      apply_matmul<H, Lagged, true>(launch, item);
+  } else {
+    HostBlock block;
+    const auto shared = shared_memory<Shared<H>>();
+    open_item(block, *shared, launch, item.tensor, item.phase);
+    Passes<HostBlock, H, Lagged> passes(block, *shared);
+    call_part(item.phase, shared->record, [&](auto part) { passes.run(part, item.index); });
+  }
+  launch.step.done[item.tensor * kPhases + item.phase] += 1;
+  return nullptr;
+}
+
+template <int H, bool Lagged>
+const char* run_items(const GpuLaunch& launch) {
+  std::vector<Item> items;
+  int32_t span = 0;
+  for (int32_t i = launch.first_item; i < launch.last_item; ++i) {
+    while (int32_t(launch.span_first[span + 1]) <= i) ++span;
+    const int32_t what = launch.span_what[span];
+    items.push_back({what / kPhases, what % kPhases, i - int32_t(launch.span_first[span])});
+  }
+  if (!settings.seed) {
+    for (const Item& item : items)
+      if (const char* error = run_item<H, Lagged>(launch, item)) return error;
+    return nullptr;
+  }
+  // As many blocks as a device would run hold an item each, taken in order; any that is ready may be done
+  // first.
+  uint64_t state = settings.seed;
+  const auto random = [&](size_t n) {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return size_t((state >> 33) % n);
+  };
+  std::vector<Item> held;
+  size_t next = 0;
+  while (next < items.size() || !held.empty()) {
+    while (next < items.size() && held.size() < size_t(settings.multiprocessors))
+      held.push_back(items[next++]);
+    std::vector<size_t> can;
+    for (size_t i = 0; i < held.size(); ++i)
+      if (ready(launch, held[i])) can.push_back(i);
+    if (can.empty()) return "all blocks wait for each other";
+    const size_t chosen = can[random(can.size())];
+    if (const char* error = run_item<H, Lagged>(launch, held[chosen])) return error;
+    held.erase(held.begin() + int64_t(chosen));
+  }
+  return nullptr;
+}
+
+template <int H>
+const char* run(const GpuLaunch& launch) {
+  if (launch.kind == LaunchKind::items)
+    return launch.step.lagged ? run_items<H, true>(launch) : run_items<H, false>(launch);
+  HostBlock block;
+  const std::unique_ptr<Shared<H>> shared(new Shared<H>);
+  for (int32_t i = 0; i < launch.tensors; ++i) {
+    if (launch.kind == LaunchKind::clip_total)
+      clip_total(block, *shared, launch, i);
+    else
+      count_step(launch, i);
+  }
+  return nullptr;
+}
+
+const char* launch(const GpuLaunch& original, void*) {
+  // A kernel sees a copy of its arguments.
+  const std::unique_ptr<GpuLaunch> copy(new GpuLaunch(original));
+  settings.launches += 1;
+  switch (copy->width) {
+    case 2:
+      return run<2>(*copy);
+    case 4:
+      return run<4>(*copy);
+    case 8:
+      return run<8>(*copy);
+    case 16:
+      return run<16>(*copy);
+    case 32:
+      return run<32>(*copy);
+    case 64:
+      return run<64>(*copy);
+  }
+  return "no kernel for this width";
+}
+
+const char* copy(void* to, const void* from, size_t bytes, void*) {
+  std::memmove(to, from, bytes);
+  return nullptr;
+}
+
+const char* current(int32_t* ordinal) {
+  *ordinal = 0;
+  return nullptr;
+}
+
+}  // namespace
+
+EmulatorSettings& emulator_settings() { return settings; }
+
+const GpuDevice& gpu_emulator() {
+  static const GpuDevice device = {kGpuAbi, "emulator", properties, clear, launch, copy, current};
+  return device;
+}
+
+}  // namespace lopt

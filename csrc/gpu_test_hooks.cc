@@ -1,0 +1,87 @@
+// Pieces of the GPU kernels on the processor, for tests alone.
+#include "csrc/gpu_test_hooks.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <string>
+
+#include "kernels/small_fc_lopt/mma.h"
+
+namespace py = pybind11;
+
+namespace lopt {
+namespace {
+
+// `features` (features, count), `start` (count, H): pre-activations of the first layer without the features'
+// share; `out` (2, count): direction and exponent.
+template <int H, bool Bfloat16>
+void run_matmul(const Folded<H>& folded, bool factored, int layers, int64_t count, const float* features,
+                const float* start, float* out) {
+  const auto network = std::make_unique<MatmulNetwork<H, Bfloat16>>();
+  HostBlock block;
+  prepare_matmul(block, folded, factored, layers, *network);
+  const int used = factored ? kFactoredFeatures : kFeatures, stride = kMatmulStride<H>;
+  for (int64_t first = 0; first < count; first += kWarpLanes) {
+    alignas(16) float x[24 * kMatmulStride<H>] = {};
+    const int slots = int(std::min<int64_t>(kWarpLanes, count - first));
+    for (int f = 0; f < used; ++f)
+      std::memcpy(x + f * stride, features + f * count + first, size_t(slots) * sizeof(float));
+    HostWarp warp;
+    const auto bias = [&](int slot, int j, float (&to)[2]) {
+      for (int i = 0; i < 2; ++i) to[i] = slot < slots ? start[(first + slot) * H + j + i] : 0.0f;
+    };
+    matmul_mlp(warp, *network, factored, layers, x, bias, x);
+    for (int o = 0; o < 2; ++o)
+      std::memcpy(out + o * count + first, x + kWarpLanes * o, size_t(slots) * sizeof(float));
+  }
+}
+
+template <int H>
+void matmul_of_width(bool bfloat16, bool factored, int layers, int64_t count, const float* folded,
+                     const float* features, const float* start, float* out) {
+  Folded<H> network = {};
+  std::memcpy(&network, folded, offsetof(Folded<H>, limit));
+  if (bfloat16)
+    run_matmul<H, true>(network, factored, layers, count, features, start, out);
+  else
+    run_matmul<H, false>(network, factored, layers, count, features, start, out);
+}
+
+void matmul_mlp_of(int hidden_size, bool bfloat16, bool factored, int layers, int64_t count, uintptr_t folded,
+                   uintptr_t features, uintptr_t start, uintptr_t out) {
+  const auto run = [&](auto f) {
+    const auto at = [](uintptr_t address) { return reinterpret_cast<float*>(address); };
+    f(bfloat16, factored, layers, count, at(folded), at(features), at(start), at(out));
+  };
+  switch (hidden_size) {
+    case 2:
+      return run(matmul_of_width<2>);
+    case 4:
+      return run(matmul_of_width<4>);
+    case 8:
+      return run(matmul_of_width<8>);
+    case 16:
+      return run(matmul_of_width<16>);
+    case 32:
+      return run(matmul_of_width<32>);
+    case 64:
+      return run(matmul_of_width<64>);
+    default:
+      throw std::invalid_argument("hidden_size " + std::to_string(hidden_size) +
+                                  ": the kernels have 2, 4, 8, 16, 32 and 64");
+  }
+}
+
+}  // namespace
+
+void bind_gpu_test_hooks(py::module_& m) {
+  m.def("gpu_test_matmul", &matmul_mlp_of, py::kw_only(), py::arg("hidden_size"), py::arg("bfloat16"),
+        py::arg("factored"), py::arg("layers"), py::arg("count"), py::arg("folded"), py::arg("features"),
+        py::arg("start"), py::arg("out"));
+  m.attr("gpu_test_matmul_errors") = py::make_tuple(kMatmulError, kMatmulBfloat16Error);
+}
+
+}  // namespace lopt

@@ -1,0 +1,199 @@
+#include "csrc/xla_call.h"
+
+#include <cstring>
+#include <exception>
+#include <stdexcept>
+#include <string>
+
+namespace lopt::xla {
+namespace {
+
+constexpr int64_t kFormat = 1;
+constexpr int64_t kCallFields = 9, kRealFields = 3, kLeafFields = 17;
+
+void require(bool condition, const char* what) {
+  if (!condition) throw std::invalid_argument(what);
+}
+
+const Array& attribute(const CallFrame& frame, const char* name, int32_t dtype) {
+  for (int64_t i = 0; i < frame.attributes.size; ++i) {
+    const ByteSpan& found = *frame.attributes.names[i];
+    if (found.size != std::strlen(name) || std::memcmp(found.data, name, found.size) != 0) continue;
+    require(frame.attributes.types[i] == kArrayAttribute, "an attribute is not an array");
+    const auto& array = *static_cast<const Array*>(frame.attributes.values[i]);
+    require(array.dtype == dtype, "an attribute has the wrong type");
+    return array;
+  }
+  throw std::invalid_argument(std::string("attribute missing: ") + name);
+}
+
+// Bytes of an element, which must be a float32 or float64.
+size_t real_bytes(const Buffer& buffer) {
+  require(buffer.dtype == kF32 || buffer.dtype == kF64, "an operand is neither float32 nor float64");
+  return buffer.dtype == kF64 ? 8 : 4;
+}
+
+// The batch dimensions that vmap has put before every operand and result.
+struct Batch {
+  int64_t rank, size;
+  const int64_t* dims;
+
+  explicit Batch(const Buffer& theta) : rank(theta.rank - 1), size(1), dims(theta.dims) {
+    require(theta.rank >= 1, "meta-parameters must have rank 1 or more");
+    for (int64_t i = 0; i < rank; ++i) size *= dims[i];
+  }
+
+  // Elements of the buffer in each batch element.
+  int64_t elements(const Buffer& buffer) const {
+    require(buffer.rank >= rank, "an operand lacks batch dimensions");
+    int64_t own = 1;
+    for (int64_t i = 0; i < buffer.rank; ++i) {
+      if (i < rank) require(buffer.dims[i] == dims[i], "batch dimensions differ between operands");
+      if (i >= rank) own *= buffer.dims[i];
+    }
+    return own;
+  }
+
+  // The buffer, which must hold `wanted` elements in each batch element.
+  const Buffer& check(const Buffer& buffer, int64_t wanted) const {
+    require(elements(buffer) == wanted, "an operand has the wrong size");
+    return buffer;
+  }
+};
+
+Error* fail(const Api* api, int32_t code, const char* what) {
+  const std::string message = std::string("lopt_fast small_fc_step: ") + what;
+  ErrorCreate create{sizeof(ErrorCreate), nullptr, message.c_str(), code};
+  return api->error_create(&create);
+}
+
+}  // namespace
+
+Call decode(const CallFrame& frame, bool with_scratch) {
+  const Array& numbers = attribute(frame, "call", kS64);
+  const Array& reals = attribute(frame, "reals", kF64);
+  const Array& sizes = attribute(frame, "sizes", kS64);
+  const Array& table = attribute(frame, "leaves", kS64);
+  const auto* c = static_cast<const int64_t*>(numbers.data);
+  const auto* r = static_cast<const double*>(reals.data);
+  require(numbers.size == kCallFields && reals.size == kRealFields && c[0] == kFormat,
+          "this call was written for another version of lopt_fast");
+  const int64_t thetas = c[1], leaves = c[2], buffers = static_cast<int64_t>(sizes.size);
+  require(thetas >= 1 && leaves >= 0 && table.size == static_cast<size_t>(leaves * kLeafFields),
+          "the table of leaves has the wrong size");
+  require(frame.operands.size == 2 + thetas + buffers + 2 * leaves &&
+              frame.results.size == buffers + leaves + (with_scratch ? 1 : 0),
+          "wrong number of operands or results");
+  Call call{};
+  call.spec = {
+      static_cast<int32_t>(c[3]), static_cast<int32_t>(c[4]), r[0], r[1], c[5] != 0, r[2], c[6] != 0};
+  call.clip = c[7] != 0;
+  call.apply = c[8] != 0;
+
+  auto operand = [&](int64_t i) -> const Buffer& {
+    return *static_cast<const Buffer*>(frame.operands.values[i]);
+  };
+  auto result = [&](int64_t i) -> const Buffer& {
+    return *static_cast<const Buffer*>(frame.results.values[i]);
+  };
+
+  const Batch batch(operand(2));
+  const Buffer& count = batch.check(operand(0), 1);
+  const Buffer& scalars = batch.check(operand(1), Call::kScalars);
+  require(count.dtype == kS32, "count is not int32");
+  real_bytes(scalars);
+  call.batch = batch.size;
+  call.count = static_cast<const char*>(count.data);
+  call.scalars = static_cast<const char*>(scalars.data);
+  call.scalar_dtype = scalars.dtype;
+  const int64_t meta_parameters = theta_size(call.spec);
+  for (int64_t i = 0; i < thetas; ++i) real_bytes(batch.check(operand(2 + i), meta_parameters));
+  const int64_t* size_of = static_cast<const int64_t*>(sizes.data);
+  const int64_t first_state = 2 + thetas, first_param = first_state + buffers,
+                first_grad = first_param + leaves;
+  for (int64_t i = 0; i < buffers; ++i) {
+    const Buffer &from = batch.check(operand(first_state + i), size_of[i]),
+                 &to = batch.check(result(i), size_of[i]);
+    const size_t bytes = batch.size * size_of[i] * real_bytes(from);
+    require(to.dtype == from.dtype, "state changes its type");
+    if (from.data != to.data && bytes > 0) call.copies.push_back({to.data, from.data, bytes});
+  }
+  if (with_scratch) {
+    const Buffer& scratch = result(buffers + leaves);
+    require(scratch.dtype == kU8, "scratch memory is not uint8");
+    call.scratch = scratch.data;
+    call.scratch_bytes = batch.size * batch.elements(scratch);
+  }
+
+  call.tensors.resize(batch.size * leaves);
+  for (int64_t leaf = 0; leaf < leaves; ++leaf) {
+    const int64_t* f = static_cast<const int64_t*>(table.data) + leaf * kLeafFields;
+    const Loops loops{f[0], f[1], f[2], f[3], f[4], f[5] != 0, f[6] != 0};
+    const int64_t n = loops.batch0 * loops.x * loops.batch1 * loops.y * loops.batch2;
+    const Buffer& param = batch.check(operand(first_param + leaf), n);
+    const Buffer& grad = batch.check(operand(first_grad + leaf), n);
+    const Buffer& output = batch.check(result(buffers + leaf), n);
+    const size_t bytes = real_bytes(param);
+    require(grad.dtype == param.dtype && output.dtype == param.dtype,
+            "a gradient's type is not its parameter's");
+    int64_t theta = 0;
+    while (theta < thetas && operand(2 + theta).dtype != param.dtype) ++theta;
+    require(theta < thetas, "no meta-parameters of a parameter's type");
+
+    const int64_t d1 = loops.x_is_row ? loops.x : loops.y, d0 = loops.x_is_row ? loops.y : loops.x;
+    const int64_t slot_sizes[5] = {3 * n, n, loops.factored ? (d0 ? 3 * n / d0 : 0) : 3 * n,
+                                   loops.factored ? (d1 ? 3 * n / d1 : 0) : 0, call.spec.lagged ? 28 : 0};
+    char* slots[5];
+    size_t slot_strides[5];
+    for (int k = 0; k < 5; ++k) {
+      const int64_t slot = f[7 + 2 * k], offset = f[8 + 2 * k];
+      slots[k] = nullptr;
+      slot_strides[k] = 0;
+      if (slot_sizes[k] == 0) continue;
+      require(slot >= 0 && slot < buffers && offset >= 0 && offset <= size_of[slot] - slot_sizes[k],
+              "a leaf's state lies outside its buffer");
+      const Buffer& buffer = result(slot);
+      require(buffer.dtype == param.dtype, "a leaf's state is of another type");
+      slots[k] = static_cast<char*>(buffer.data) + offset * bytes;
+      slot_strides[k] = size_of[slot] * bytes;
+    }
+
+    for (int64_t b = 0; b < batch.size; ++b) {
+      auto at = [&](const Buffer& buffer, int64_t elements) -> void* {
+        return static_cast<char*>(buffer.data) + b * elements * bytes;
+      };
+      auto state = [&](int k) -> void* { return slots[k] ? slots[k] + b * slot_strides[k] : nullptr; };
+      call.tensors[b * leaves + leaf] = {loops,        param.dtype, b,
+                                         at(param, n), at(grad, n), at(output, n),
+                                         state(0),     state(1),    state(2),
+                                         state(3),     state(4),    at(operand(2 + theta), meta_parameters)};
+    }
+  }
+  return call;
+}
+
+Error* respond(CallFrame* frame, uint32_t traits, void (*run)(const CallFrame& frame)) {
+  // Asked for metadata: claim the version of the runtime that asks, since the part of it used here never
+  // changed.
+  for (Extension* e = frame->extensions; e != nullptr; e = e->next) {
+    if (e->type != kMetadataExtension) continue;
+    Metadata* metadata = reinterpret_cast<MetadataExtension*>(e)->metadata;
+    metadata->version.major = 0;
+    metadata->version.minor = frame->api ? frame->api->version.minor : 1;
+    metadata->traits = traits;
+    return nullptr;
+  }
+  if (frame->stage != kExecute) return nullptr;
+  try {
+    run(*frame);
+  } catch (const std::invalid_argument& error) {
+    return fail(frame->api, kInvalidArgument, error.what());
+  } catch (const std::exception& error) {
+    return fail(frame->api, kInternal, error.what());
+  } catch (...) {
+    return fail(frame->api, kInternal, "unknown error");
+  }
+  return nullptr;
+}
+
+}  // namespace lopt::xla

@@ -1,0 +1,72 @@
+// A custom call of `small_fc_step` decoded: what the handlers of all platforms share. Addresses are taken as
+// they are and never followed, so they may be a device's.
+//
+// One call updates a whole pytree. lopt_fast/jax/call.py writes it:
+//
+//   operands: count (s32); scalars (3: learning rate, weight decay, max_norm); `thetas` flat arrays of
+//       meta-parameters of different types; `buffers` state buffers; each leaf's parameter; each leaf's
+//       gradient
+//   results: the state buffers (aliased to the operands); each leaf's output; where the platform is a GPU,
+//       scratch memory (bytes, as many as xla_gpu_scratch_bytes says)
+//   attributes, all of them arrays:
+//       call (s64): format, thetas, leaves, hidden_size, hidden_layers, parameter_rms, lagged, clip, apply
+//       reals (f64): step_mult, exp_mult, scale_epsilon
+//       sizes (s64): elements of each state buffer
+//       leaves (s64, 17 for each leaf): the seven numbers of lopt_fast.layout.Loops, then (buffer, offset) of
+//           momentum, second moment, row, column and mean squares; buffer -1 where a leaf has none
+//
+// Under vmap every operand and result has the same leading batch dimensions. Those of the meta-parameters,
+// whose own rank is 1, tell how many there are; the sizes of everything else are checked against them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "csrc/core.h"
+#include "csrc/xla_abi.h"
+
+namespace lopt::xla {
+
+// One leaf of one batch element.
+struct CallTensor {
+  Loops loops;
+  int32_t dtype;  // kF32 or kF64: parameter, gradient, output and state
+  int64_t batch;  // index of its batch element
+  void *param, *grad, *output;
+  void *momentum, *second_moment, *row, *column, *mean_squares;  // null where it has none
+  const void* theta;
+};
+
+// A state buffer that XLA has not aliased: to be copied before the step, which works in place.
+struct CallCopy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+
+struct Call {
+  Spec spec;
+  bool clip, apply;
+  int64_t batch;                    // batch elements
+  std::vector<CallTensor> tensors;  // all leaves of the first batch element, then of the next
+  std::vector<CallCopy> copies;
+  const char *count, *scalars;  // (batch) int32; (batch, 3) of `scalar_dtype`
+  int32_t scalar_dtype;         // kF32 or kF64
+  void* scratch;                // null where the platform needs none
+  int64_t scratch_bytes;
+
+  static constexpr int64_t kScalars = 3;
+  size_t scalar_bytes() const { return scalar_dtype == kF64 ? 8 : 4; }
+  // Address of scalar k (0 learning rate, 1 weight decay, 2 max_norm) of a batch element.
+  const void* scalar(int64_t b, int64_t k) const { return scalars + (b * kScalars + k) * scalar_bytes(); }
+};
+
+// Throws std::invalid_argument if the call does not fit.
+Call decode(const CallFrame& frame, bool with_scratch);
+
+// The body of a handler: answers a query for metadata with `traits`, runs `run` at the execution stage and
+// turns exceptions into XLA's errors.
+Error* respond(CallFrame* frame, uint32_t traits, void (*run)(const CallFrame& frame));
+
+}  // namespace lopt::xla

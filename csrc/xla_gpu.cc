@@ -1,0 +1,133 @@
+// The XLA custom call on a GPU: enqueues a step on XLA's stream.
+//
+// Safe to be captured into a command buffer (a CUDA graph), and declared so: it allocates nothing, waits for
+// nothing, reads no device memory on the host, and what it launches depends on attributes, shapes and
+// addresses alone. Scratch memory is a result buffer because of that: what XLA's scratch allocator gives is
+// freed when the handler returns, so a captured graph would use memory that is someone else's by then.
+
+#include <atomic>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "csrc/gpu.h"
+#include "csrc/xla.h"
+#include "csrc/xla_call.h"
+
+namespace lopt {
+namespace {
+
+constexpr int64_t kAlignment = 256;  // of scratch memory
+
+void check(const char* error, const char* what) {
+  if (error != nullptr) throw std::runtime_error(std::string(what) + ": " + error);
+}
+
+void* stream_of(const xla::CallFrame& frame) {
+  xla::StreamGet query{sizeof(xla::StreamGet), nullptr, frame.context, nullptr};
+  if (xla::Error* error = frame.api->stream_get(&query)) {
+    xla::ErrorDestroy destroy{sizeof(xla::ErrorDestroy), nullptr, error};
+    frame.api->error_destroy(&destroy);
+    throw std::runtime_error("XLA gives no stream");
+  }
+  return query.stream;
+}
+
+void enqueue(const xla::CallFrame& frame, const GpuDevice& device, void* stream) {
+  const xla::Call call = xla::decode(frame, /*with_scratch=*/true);
+  const ScalarType real = call.scalar_dtype == xla::kF64 ? ScalarType::float64 : ScalarType::float32;
+  std::vector<DeviceScalar> max_norms;
+  for (int64_t b = 0; call.clip && b < call.batch; ++b) max_norms.push_back({0.0, call.scalar(b, 2), real});
+  std::vector<GpuTensor> tensors;
+  tensors.reserve(call.tensors.size());
+  for (const xla::CallTensor& t : call.tensors) {
+    if (t.dtype != xla::kF32) throw std::invalid_argument("the GPU kernel takes float32 parameters alone");
+    GpuTensor tensor{};
+    tensor.loops = t.loops;
+    tensor.parameter = tensor.gradient = tensor.state = Storage::float32;
+    tensor.param = t.param;
+    tensor.grad = t.grad;
+    tensor.output = t.output;
+    tensor.apply = call.apply;
+    tensor.momentum = t.momentum;
+    tensor.second_moment = t.second_moment;
+    tensor.row = static_cast<float*>(t.row);
+    tensor.column = static_cast<float*>(t.column);
+    tensor.mean_squares = static_cast<float*>(t.mean_squares);
+    tensor.theta = static_cast<const float*>(t.theta);
+    tensor.lr = {0.0, call.scalar(t.batch, 0), real};
+    tensor.weight_decay = {0.0, call.scalar(t.batch, 1), real};
+    tensor.t = {0.0, call.count + t.batch * sizeof(int32_t), ScalarType::int32};
+    tensor.step = nullptr;  // the next count is an operation of the program around this call
+    tensor.clip_group = call.clip ? static_cast<int32_t>(t.batch) : -1;
+    tensors.push_back(tensor);
+  }
+  GpuStep step{};
+  step.spec = call.spec;
+  step.tensors = tensors.data();
+  step.count = static_cast<int64_t>(tensors.size());
+  step.max_norms = max_norms.data();
+  step.clip_groups = static_cast<int32_t>(max_norms.size());
+  step.grad_scale = {1.0, nullptr, ScalarType::float64};
+
+  const uintptr_t start = reinterpret_cast<uintptr_t>(call.scratch);
+  const uintptr_t aligned = (start + kAlignment - 1) / kAlignment * kAlignment;
+  if (gpu_scratch_bytes(step) + static_cast<int64_t>(aligned - start) > call.scratch_bytes)
+    throw std::invalid_argument("too little scratch memory");
+  int32_t ordinal = 0;  // XLA activates the device's context before it calls
+  check(device.current(&ordinal), "current device");
+  for (const xla::CallCopy& copy : call.copies) {
+    check(device.copy(copy.to, copy.from, copy.bytes, stream), "copy of the state");
+  }
+  gpu_step(step, device, ordinal, reinterpret_cast<void*>(aligned), stream);
+}
+
+std::atomic<const GpuDevice*> registered{nullptr};
+
+xla::Error* handle_device(xla::CallFrame* frame) {
+  return xla::respond(frame, xla::kCommandBufferCompatible, [](const xla::CallFrame& f) {
+    const GpuDevice* device = registered.load(std::memory_order_acquire);
+    if (device == nullptr) throw std::runtime_error("no device has been set");
+    enqueue(f, *device, stream_of(f));
+  });
+}
+
+xla::Error* handle_emulated(xla::CallFrame* frame) {
+  return xla::respond(frame, 0, [](const xla::CallFrame& f) { enqueue(f, gpu_emulator(), nullptr); });
+}
+
+}  // namespace
+
+void* xla_small_fc_gpu_handler() { return reinterpret_cast<void*>(&handle_device); }
+void* xla_small_fc_emulated_handler() { return reinterpret_cast<void*>(&handle_emulated); }
+
+void xla_set_device(const GpuDevice& device) {
+  if (device.abi != kGpuAbi)
+    throw std::invalid_argument("the CUDA module and the core are of different versions: reinstall both");
+  registered.store(&device, std::memory_order_release);
+}
+
+int64_t xla_gpu_scratch_bytes(const Spec& spec, const std::vector<Loops>& leaves, bool clip) {
+  float somewhere = 0;  // addresses are checked for null, never followed
+  std::vector<GpuTensor> tensors(leaves.size());
+  for (size_t i = 0; i < leaves.size(); ++i) {
+    GpuTensor& t = tensors[i];
+    t.loops = leaves[i];
+    t.param = t.grad = t.output = t.momentum = t.second_moment = &somewhere;
+    t.row = t.column = t.mean_squares = &somewhere;
+    t.theta = &somewhere;
+    t.clip_group = clip ? 0 : -1;
+  }
+  const DeviceScalar max_norm{};
+  GpuStep step{};
+  step.spec = spec;
+  step.tensors = tensors.data();
+  step.count = static_cast<int64_t>(tensors.size());
+  step.max_norms = clip ? &max_norm : nullptr;
+  step.clip_groups = clip ? 1 : 0;
+  step.grad_scale = {1.0, nullptr, ScalarType::float64};
+  return gpu_scratch_bytes(step) + kAlignment;
+}
+
+}  // namespace lopt

@@ -1,0 +1,1 @@
+"""What is computed: one folder per operation, all its versions side by side."""

@@ -1,0 +1,1 @@
+"""The fused update of `small_fc_lopt`."""

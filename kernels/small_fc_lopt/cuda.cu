@@ -1,0 +1,187 @@
+// small_fc_lopt on NVIDIA GPUs: the kernels around the work items of gpu_passes.h. Compiled once for each
+// width of the network, with LOPT_WIDTH naming it.
+//
+// Blocks are persistent and take the items of a launch in order. An item needs items before it in the list
+// alone; a block that takes one waits until those are done. The first item that is not done never waits, so
+// there is no deadlock, however many blocks there are.
+#include <cuda_runtime.h>
+
+#include "kernels/small_fc_lopt/cuda.h"
+#include "kernels/small_fc_lopt/gpu_matmul.h"
+
+namespace lopt {
+namespace {
+
+// Registers: 65,536 for a multiprocessor, 128 for a thread with two blocks on it, 255 with one.
+template <int H>
+constexpr int kBlocks = H <= 32 ? 2 : 1;
+
+__device__ __forceinline__ int32_t read_acquire(const int32_t* from) {
+  int32_t x;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
+  return x;
+}
+
+// Waits until the phases before `phase` are done. The last of them waited for the ones before it.
+__device__ __forceinline__ void wait_for(const GpuLaunch& launch, int32_t tensor, int32_t phase) {
+  for (int32_t before = phase - 1; before >= kFactorSums; --before) {
+    const int32_t items = items_of(launch.records[tensor], before, launch.step.lagged);
+    if (!items) continue;
+    const int32_t* done = launch.step.done + tensor * kPhases + before;
+    while (read_acquire(done) < items) __nanosleep(64);
+    return;
+  }
+}
+
+template <typename S>
+__device__ __forceinline__ S& shared_memory() {
+  extern __shared__ char lopt_shared_memory[];
+  return *reinterpret_cast<S*>(lopt_shared_memory);
+}
+
+// A function for each part: inlined into one kernel they would spill, and take the assembler ten times as
+// long.
+template <int H, bool Lagged, typename Part>
+__device__ __noinline__ void run_part(Part part, int32_t item) {
+  DeviceBlock block;
+  auto& shared = shared_memory<Shared<H>>();
+  const int32_t zero = *static_cast<const volatile int32_t*>(&shared.numbers.zero);
+  Passes<DeviceBlock, H, Lagged>(block, *(&shared + zero)).run(part, item);
+}
+
+// Pass 3 on tensor cores.
+template <int H, bool Lagged, bool Bfloat16, bool Factored>
+__device__ __noinline__ void run_matmul(int32_t item) {
+  DeviceBlock block;
+  auto& shared = shared_memory<MatmulShared<H, Bfloat16>>();
+  const int32_t zero = *static_cast<const volatile int32_t*>(&shared.base.numbers.zero);
+  MatmulPasses<DeviceBlock, H, Lagged, Bfloat16>(block, *(&shared + zero))
+      .template apply_matmul<Factored>(item);
+}
+
+// Runs the items of a launch: apply(factored, index) those of pass 3.
+template <int H, bool Lagged, typename Apply>
+__device__ __forceinline__ void run_items(const GpuLaunch& launch, Apply apply) {
+  // What is needed behind an item lies in shared memory: it would take registers from the item.
+  __shared__ int32_t taken, turn;
+  __shared__ int32_t* done;
+  if (threadIdx.x == 0) turn = 0;
+  for (;;) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      taken = launch.first_item + (launch.step.wait ? atomicAdd(launch.step.ticket, 1)
+                                                    : int32_t(blockIdx.x + gridDim.x * turn++));
+    }
+    __syncthreads();
+    const int32_t item = taken;
+    if (item >= launch.last_item) return;
+    int32_t low = 0, high = launch.spans;  // the last span that begins at or before the item
+    while (high - low > 1) {
+      const int32_t middle = (low + high) / 2;
+      if (launch.span_first[middle] <= uint32_t(item))
+        low = middle;
+      else
+        high = middle;
+    }
+    const int32_t what = launch.span_what[low], tensor = what / kPhases, phase = what % kPhases;
+    if (threadIdx.x == 0) {
+      if (launch.step.wait) wait_for(launch, tensor, phase);
+      done = launch.step.done + what;
+    }
+    auto& shared = shared_memory<Shared<H>>();
+    DeviceBlock block;
+    open_item(block, shared, launch, tensor, phase);
+    const int32_t index = item - int32_t(launch.span_first[low]);
+    call_part(phase, shared.record, [&](auto part) {
+      if constexpr (part.phase == kApply)
+        apply(part, index);
+      else
+        run_part<H, Lagged>(part, index);
+    });
+    if (launch.step.wait) {
+      __threadfence();
+      __syncthreads();
+      if (threadIdx.x == 0) atomicAdd(done, 1);
+    }
+  }
+}
+
+// What is not made of items: a block for each clip group, or a thread for each step counter.
+template <int H>
+__global__ void __launch_bounds__(kThreads) other_kernel(const __grid_constant__ GpuLaunch launch) {
+  if (launch.kind == LaunchKind::clip_total) {
+    DeviceBlock block;
+    clip_total(block, shared_memory<Shared<H>>(), launch, int32_t(blockIdx.x));
+  } else {
+    const int32_t tensor = int32_t(blockIdx.x * kThreads + threadIdx.x);
+    if (tensor < launch.tensors) count_step(launch, tensor);
+  }
+}
+
+template <int H, bool Lagged>
+__global__ void __launch_bounds__(kThreads, kBlocks<H>)
+    items_kernel(const __grid_constant__ GpuLaunch launch) {
+  run_items<H, Lagged>(launch, [](auto part, int32_t index) { run_part<H, Lagged>(part, index); });
+}
+template <int H, bool Lagged, bool Bfloat16>
+__global__ void __launch_bounds__(kThreads, kBlocks<H>)
+    matmul_kernel(const __grid_constant__ GpuLaunch launch) {
+  run_items<H, Lagged>(
+      launch, [](auto part, int32_t index) { run_matmul<H, Lagged, Bfloat16, part.factored>(index); });
+}
+
+template <typename S, typename Kernel>
+const char* launch_kernel(Kernel kernel, const GpuLaunch& launch, cudaStream_t stream) {
+  constexpr int kBytes = sizeof(S);
+  int device, multiprocessors, blocks;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess && kBytes > 48 * 1024)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess)
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, kBytes);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  int32_t grid = launch.tensors;
+  if (launch.kind == LaunchKind::items) {
+    const int32_t items = launch.last_item - launch.first_item, most = blocks * multiprocessors;
+    grid = items < most ? items : most;
+  }
+  kernel<<<grid, kThreads, kBytes, stream>>>(launch);
+  error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+template <int H, bool Bfloat16>
+const char* launch_matmul(const GpuLaunch& launch, cudaStream_t stream) {
+  if constexpr (H < kMatmulLeast) {
+    return "no kernel of this variant of the network for this width";
+  } else {
+    using S = MatmulShared<H, Bfloat16>;
+    return launch.step.lagged ? launch_kernel<S>(matmul_kernel<H, true, Bfloat16>, launch, stream)
+                              : launch_kernel<S>(matmul_kernel<H, false, Bfloat16>, launch, stream);
+  }
+}
+
+}  // namespace
+
+#define LOPT_JOIN_(a, b) a##b
+#define LOPT_JOIN(a, b) LOPT_JOIN_(a, b)
+
+const char* LOPT_JOIN(launch_width_, LOPT_WIDTH)(const GpuLaunch& launch, void* stream) {
+  const auto s = static_cast<cudaStream_t>(stream);
+  if (launch.kind != LaunchKind::items)
+    return launch_kernel<Shared<LOPT_WIDTH>>(other_kernel<LOPT_WIDTH>, launch, s);
+  switch (launch.variant) {
+    case MlpVariant::matmul:
+      return launch_matmul<LOPT_WIDTH, false>(launch, s);
+    case MlpVariant::matmul_bfloat16:
+      return launch_matmul<LOPT_WIDTH, true>(launch, s);
+    default:
+      return launch.step.lagged
+                 ? launch_kernel<Shared<LOPT_WIDTH>>(items_kernel<LOPT_WIDTH, true>, launch, s)
+                 : launch_kernel<Shared<LOPT_WIDTH>>(items_kernel<LOPT_WIDTH, false>, launch, s);
+  }
+}
+
+}  // namespace lopt

@@ -1,0 +1,392 @@
+"""What compiled GPU kernels take: registers, spills, shared memory, vector loads, tensor-core instructions.
+
+Read from the binaries, so no GPU is needed, and compared with a committed table, so that a change of the code or
+of the compiler that costs speed shows. `lopt-fast bench resources` prints and compares, `--update` accepts.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+from ..files import write_atomically
+from . import BenchmarkError
+from .report import table as markdown
+
+Backend = Literal["cuda", "triton"]
+BACKENDS: tuple[Backend, ...] = ("cuda", "triton")
+
+REGISTER_TOLERANCE = 16
+"""Registers of a thread that a kernel may take more or less than the table says: compilers' versions differ."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """One kernel on one architecture, or (CUDA) one function that a kernel calls.
+
+    `registers` of a thread and `shared` bytes of a block (static; Triton: all) count for a kernel with all that it
+    calls, and are 0 for the functions. `spills`: instructions that access local memory (Triton: bytes of stack; AMD:
+    spilled registers); `spills_in_loops`: those that a loop repeats, the loop over work items not counted.
+    `vector_loads`: global loads of 16 bytes a thread. `matrix`: tensor-core (AMD: matrix-core) instructions.
+    """
+
+    registers: int
+    shared: int
+    spills: int
+    spills_in_loops: int
+    vector_loads: int
+    matrix: int
+    instructions: int
+
+
+Rows = Mapping[str, Resources]
+"""By name: cuda/sm_90/kernel<4>, cuda/sm_90/kernel<4>/function<...>, triton/gfx942/apply, width 4."""
+
+
+def default_table() -> Path:
+    """kernels/small_fc_lopt/resources.json of this checkout or installation."""
+    folder = Path(__file__).resolve().parents[1]
+    inside = folder / "kernels/small_fc_lopt/resources.json"
+    return inside if inside.exists() else folder.parent / "kernels/small_fc_lopt/resources.json"
+
+
+# ---- tools ----
+
+
+def find_tool(name: str) -> Path:
+    """`cuobjdump` or `nvdisasm`: in PATH, or the ones that the triton package brings along."""
+    if found := shutil.which(name):
+        return Path(found)
+    spec = importlib.util.find_spec("triton")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        tool = Path(folder) / "backends/nvidia/bin" / name
+        if os.access(tool, os.X_OK):
+            return tool
+    raise BenchmarkError(f"{name} is not in PATH: install the CUDA toolkit, or `pip install triton`")
+
+
+def _run(tool: str, *arguments: str, folder: Path | None = None) -> str:
+    command = [str(find_tool(tool)), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+    if done.returncode:
+        raise BenchmarkError(f"{' '.join(command)} failed: {(done.stderr or done.stdout).strip()[-500:]}")
+    return done.stdout
+
+
+# ---- CUDA ----
+
+
+def cuda_module() -> Path:
+    """The shared library of `lopt_fast._cuda`, which is not imported."""
+    spec = importlib.util.find_spec("lopt_fast._cuda")
+    if spec is None or not spec.origin:
+        raise BenchmarkError(
+            "lopt_fast._cuda was not built: reinstall with the CUDA compiler nvcc in PATH (LOPT_CUDA=ON makes a "
+            "missing one an error)"
+        )
+    return Path(spec.origin)
+
+
+def of_binary(binary: Path) -> dict[str, Resources]:
+    """All kernels in a shared library, object file or cubin."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if binary.suffix == ".cubin":
+            cubins = [binary.resolve()]
+        else:
+            _run("cuobjdump", "-xelf", "all", str(binary.resolve()), folder=folder)
+            cubins = sorted(folder.glob("*.cubin"))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            parts = list(pool.map(of_cubin, cubins))
+    rows: dict[str, Resources] = {}
+    for part in parts:
+        for row, found in part.items():
+            if row in rows:
+                raise BenchmarkError(f"{binary}: two kernels are called {row}; give them different names")
+            rows[row] = found
+    if not rows:
+        raise BenchmarkError(f"{binary} holds no CUDA kernels")
+    return dict(sorted(rows.items()))
+
+
+def of_cubin(cubin: Path) -> dict[str, Resources]:
+    usage = _run("cuobjdump", "-res-usage", str(cubin))
+    if "Function " not in usage:
+        return {}  # a file of the linker, without kernels
+    return parse(usage, _run("nvdisasm", "-c", str(cubin)))
+
+
+def parse(usage: str, assembly: str) -> dict[str, Resources]:
+    """From what `cuobjdump -res-usage` and `nvdisasm -c` print of one cubin."""
+    kernels = {
+        m["name"]: (int(m["registers"]), int(m["shared"]))
+        for m in re.finditer(
+            r"Function (?P<name>\S+):\s+REG:(?P<registers>\d+) STACK:\d+ SHARED:(?P<shared>\d+)", usage
+        )
+    }
+    target = re.search(r"^\s*\.target\s+(sm_\d+a?)|EF_CUDA_SM(\d+)", assembly, re.MULTILINE)
+    if target is None or len(kernels) != usage.count("Function "):
+        raise BenchmarkError(
+            "the output of cuobjdump or nvdisasm is not as expected: a new version of the tools?"
+        )
+    architecture = target[1] or f"sm_{target[2]}"
+    rows: dict[str, Resources] = {}
+    for kernel, function, instructions in _functions(assembly):
+        if kernel not in kernels:
+            continue
+        name = f"cuda/{architecture}/{readable(kernel)}"
+        entry = function == kernel
+        if not entry:
+            if function.startswith("$__internal"):  # arithmetic of the compiler's library
+                continue
+            name += f"/{readable(function)}"
+        if name in rows:
+            raise BenchmarkError(f"two functions are called {name}: {function}")
+        registers, shared = kernels[kernel] if entry else (0, 0)
+        rows[name] = Resources(registers, shared, *_count(instructions, entry))
+    missing = {readable(k) for k in kernels} - {n.split("/")[2] for n in rows}
+    if missing:
+        raise BenchmarkError(f"nvdisasm shows no code of {', '.join(sorted(missing))}")
+    return rows
+
+
+@dataclass(frozen=True)
+class _Instruction:
+    address: int
+    text: str
+
+
+def _functions(assembly: str) -> Iterator[tuple[str, str, list[_Instruction | str]]]:
+    """(kernel, function, instructions and labels between them) of each function in a disassembly."""
+    kernel, kernel_of, function = "", "", ""
+    body: list[_Instruction | str] = []
+    for line in assembly.splitlines():
+        if match := re.match(r"\s*\.section\s+\.text\.([^\s,]+)", line):
+            kernel = match[1]
+        elif match := re.match(r"\s*\.type\s+(\S+),@function", line):
+            if body:
+                yield kernel_of, function, body
+            kernel_of, function, body = kernel, match[1].removeprefix(f"${kernel}$"), []
+        elif match := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", line):
+            body.append(_Instruction(int(match[1], 16), match[2].strip()))
+        elif match := re.match(r"(\.L_x_\d+):", line):
+            body.append(match[1])
+    if body:
+        yield kernel_of, function, body
+
+
+def _count(body: Sequence[_Instruction | str], entry: bool) -> tuple[int, int, int, int, int]:
+    labels: dict[str, int] = {}
+    instructions: list[_Instruction] = []
+    waiting: list[str] = []
+    for item in body:
+        if isinstance(item, str):
+            waiting.append(item)
+        else:
+            labels |= dict.fromkeys(waiting, item.address)
+            waiting = []
+            if not item.text.startswith("NOP"):
+                instructions.append(item)
+    loops = []
+    for i in instructions:
+        if match := re.search(r"\bBRA.*`\((\.L_x_\d+)\)", i.text):
+            target = labels.get(match[1], i.address + 1)
+            # A branch to itself is the padding behind the last instruction.
+            if target < i.address:
+                loops.append((target, i.address))
+    if entry:  # not the loop over work items, which calls the functions
+        calls = [i.address for i in instructions if re.search(r"\bCALL\b.*`\(\$(?!__internal)", i.text)]
+        loops = [(low, high) for low, high in loops if not any(low <= a <= high for a in calls)]
+
+    def matching(pattern: str) -> list[int]:
+        return [i.address for i in instructions if re.search(pattern, i.text)]
+
+    spills = matching(r"\b(LDL|STL)\b")
+    in_loops = [a for a in spills if any(low <= a <= high for low, high in loops)]
+    return (
+        len(spills),
+        len(in_loops),
+        len(matching(r"\bLDG?\.E\.(?:\w+\.)*128\b")),
+        len(matching(r"\b(HMMA|IMMA|QMMA|HGMMA|UTCHMMA)\b")),
+        len(instructions),
+    )
+
+
+def readable(symbol: str) -> str:
+    """Name and template arguments of a mangled function, without namespaces and types of its arguments:
+    `items_kernel<4, false>`. What cannot be read stays as it is.
+
+    With the namespaces goes what the compiler puts in for the file of an anonymous one, which changes with its path.
+    """
+    try:
+        return _name(symbol, 2)[0] if symbol.startswith("_Z") else symbol
+    except (IndexError, ValueError):
+        return symbol
+
+
+def _name(s: str, at: int) -> tuple[str, int]:
+    """The last part of a name (Itanium C++ ABI, section 5.1) at `at`, and where it ends."""
+    nested = s[at] == "N"
+    at += nested
+    name = ""
+    while True:
+        if s[at].isdigit():
+            digits = re.compile(r"\d+").match(s, at)
+            assert digits is not None
+            at = digits.end() + int(digits[0])
+            if at > len(s):
+                raise ValueError(s)
+            name = s[digits.end() : at]
+        elif s[at] == "S":  # a name that was there before; only namespaces are wanted to be
+            at = s.index("_", at) + 1
+        elif s[at] == "I":
+            arguments, at = _arguments(s, at + 1)
+            name += f"<{', '.join(arguments)}>"
+        elif nested and s[at] == "E":
+            return name, at + 1
+        else:
+            raise ValueError(s)
+        if not nested and (at == len(s) or s[at] != "I"):
+            return name, at
+
+
+def _arguments(s: str, at: int) -> tuple[list[str], int]:
+    found = []
+    while s[at] != "E":
+        if s[at] == "L":
+            kind, at = (s[at + 1], at + 2) if s[at + 1].islower() else _name(s, at + 1)
+            end = s.index("E", at)
+            value, at = s[at:end].replace("n", "-"), end + 1
+            found.append(("false", "true")[int(value)] if kind == "b" else value)
+        elif s[at].islower():  # a type of the language
+            found.append(s[at])
+            at += 1
+        else:
+            name, at = _name(s, at)
+            found.append(name)
+    return found, at + 1
+
+
+# ---- Triton ----
+
+
+def of_triton(only: str | None = None, targets: Sequence[str] = ()) -> dict[str, Resources]:
+    """The Triton kernels, compiled ahead of time by tools/triton_resources.py for its targets.
+
+    `only`: "apply", "statistics" (all others) or "main" (a few).
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise BenchmarkError("triton is not installed: pip install triton")
+    script = Path(__file__).resolve().parents[2] / "tools/triton_resources.py"
+    if not script.exists():
+        raise BenchmarkError(
+            "the Triton kernels are compiled by tools/triton_resources.py of the source folder"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "resources.json"
+        command = [sys.executable, str(script), "--json", str(out)]
+        command += ["--only", only] if only else []
+        for target in targets:
+            command += ["--target", target]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise BenchmarkError(f"{' '.join(command)} failed: {done.stderr.strip()[-500:]}")
+        found = json.loads(out.read_text())
+    return {
+        f"triton/{r['target']}/{', '.join(filter(None, (r['kernel'], r['instance'])))}": Resources(
+            registers=r["registers"],
+            shared=r["shared"],
+            spills=r["spills"],
+            spills_in_loops=0,
+            vector_loads=r["vector_loads"],
+            matrix=r["matrix_instructions"],
+            instructions=0,
+        )
+        for r in found
+    }
+
+
+# ---- the table ----
+
+
+def read(file: Path) -> dict[str, Resources]:
+    try:
+        rows = json.loads(file.read_text())["kernels"]
+        return {name: Resources(**row) for name, row in rows.items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BenchmarkError(f"{file} cannot be read as a table of resources: {error!r}") from error
+
+
+def write(file: Path, rows: Rows) -> None:
+    """One line for each kernel, in order, so that a change shows line by line."""
+    lines = [f"{json.dumps(name)}: {json.dumps(asdict(rows[name]))}" for name in sorted(rows)]
+    write_atomically(file, ('{"kernels": {\n' + ",\n".join(lines) + "\n}}\n").encode())
+
+
+def select(rows: Rows, backend: Backend) -> dict[str, Resources]:
+    return {name: row for name, row in rows.items() if name.startswith(f"{backend}/")}
+
+
+def compare(found: Rows, expected: Rows, *, partial: bool = False) -> list[str]:
+    """What is worse than the table, or not in it, one line each; empty: nothing.
+
+    `partial`: `found` is a part of the kernels, so that nothing is missing.
+    """
+    complaints = []
+    for name in sorted(found):
+        if name not in expected:
+            complaints.append(f"{name}: not in the table")
+            continue
+        new, old = found[name], expected[name]
+        if abs(new.registers - old.registers) > REGISTER_TOLERANCE:
+            complaints.append(f"{name}: {new.registers} registers, {old.registers} in the table")
+        if new.spills_in_loops > old.spills_in_loops:
+            complaints.append(
+                f"{name}: {new.spills_in_loops} spills in loops, {old.spills_in_loops} in the table"
+            )
+        elif new.spills > old.spills:
+            complaints.append(f"{name}: {new.spills} spills, {old.spills} in the table")
+        if new.shared > old.shared:
+            complaints.append(f"{name}: {new.shared} bytes of shared memory, {old.shared} in the table")
+        # Unrolling differs from version to version; half of them gone is a lost fast path.
+        for what, a, b in (
+            ("loads of 16 bytes", new.vector_loads, old.vector_loads),
+            ("tensor-core instructions", new.matrix, old.matrix),
+        ):
+            if 2 * a < b:
+                complaints.append(f"{name}: {a} {what}, {b} in the table")
+    if not partial:
+        complaints += [f"{name}: in the table, but not built" for name in sorted(set(expected) - set(found))]
+    return complaints
+
+
+ACCEPT = "To accept what is built now: lopt-fast bench resources --update"
+
+
+def render(rows: Rows, *, kernels_only: bool = False) -> str:
+    """Markdown. `kernels_only` adds what a kernel calls to its own row."""
+    names = [f.name for f in fields(Resources)]
+    total: dict[str, dict[str, int]] = {}
+    for name in sorted(rows):
+        key = "/".join(name.split("/")[:3]) if kernels_only else name
+        sums = total.setdefault(key, dict.fromkeys(names, 0))
+        for field in names:
+            sums[field] += getattr(rows[name], field)
+    header = ["kernel", *(n.replace("_", " ") for n in names)]
+    return markdown(header, [[key, *(str(v) for v in sums.values())] for key, sums in total.items()])
+
+
+def measure(backend: Backend, binary: Path | None = None) -> dict[str, Resources]:
+    """Resources of everything that is built for a backend here. Raises `BenchmarkError` with the reason if nothing."""
+    return of_triton() if backend == "triton" else of_binary(binary or cuda_module())

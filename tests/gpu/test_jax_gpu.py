@@ -1,0 +1,203 @@
+"""The JAX optimizer on a GPU, through the CUDA custom call: the tests of the CPU kernel again, and what a GPU adds."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+jax = pytest.importorskip("jax")
+pytest.importorskip("optax")
+import jax.numpy as jnp  # noqa: E402
+from test_jax import (  # noqa: E402, F401  (these run here again, on the GPU)
+    arrays,
+    assert_close,
+    assert_equal,
+    assert_follows,
+    make_theta,
+    numpy_steps,
+    optimizer,
+    run_steps,
+    test_chain,
+    test_donation_updates_in_place,
+    test_eager_jit_and_fused_agree,
+    test_kernel_follows_the_reference,
+    test_large_tensors_have_their_own_state,
+    test_missing_gradients_leave_parameter_and_state,
+    test_nested_vmap_in_scan,
+    test_not_finite_gradients_behave_as_in_the_reference,
+    test_one_compilation,
+    test_reference_backend_has_the_same_state,
+    test_scan,
+    test_schedule,
+    test_vmap_is_a_loop,
+    test_vmapped_step_is_one_call,
+    test_without_donation_nothing_is_overwritten,
+)
+from test_jax_golden import FILES, needs_golden  # noqa: E402
+from test_jax_gpu_call import (  # noqa: E402, F401
+    test_scalars_in_float64,
+    test_scratch_of_a_batch_is_enough,
+    test_specifications,
+    test_state_that_is_not_aliased_is_copied,
+    test_vmapped_clipping_is_for_each_member,
+)
+
+from lopt_fast import backends  # noqa: E402
+from lopt_fast.backends import BackendWarning  # noqa: E402
+from lopt_fast.jax import call, transformation  # noqa: E402
+from lopt_fast.spec import Spec  # noqa: E402
+from lopt_fast.verify import verify  # noqa: E402
+
+TESTS = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def on_the_gpu(monkeypatch):
+    """Whoever asks for the CPU kernel gets the CUDA kernel."""
+    if jax.default_backend() != "gpu":
+        pytest.skip(f"JAX finds no GPU, its default backend is {jax.default_backend()}")
+    if reason := {row.backend: row.reason for row in backends.table()}["cuda"]:
+        pytest.skip(f"cuda: {reason}")
+    resolve = transformation.resolve
+
+    def redirected(spec, dtypes, backend):
+        return resolve(spec, dtypes, "cuda" if backend == "cpu" else backend)
+
+    monkeypatch.setattr(transformation, "resolve", redirected)
+    jax.clear_caches()  # of programs with the CPU kernel
+    with jax.default_matmul_precision("highest"):  # of the reference: else tf32
+        yield
+    jax.clear_caches()
+
+
+def test_the_custom_call_is_accepted_and_chosen():
+    assert call.registration_failure("cuda") is None
+    params, tx = arrays(), optimizer()
+    text = jax.jit(lambda p: tx.step(p, tx.init(p), p)).lower(params).as_text()
+    assert "@lopt_fast_small_fc_step_gpu(" in text
+
+
+@needs_golden
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_golden(file):
+    report = verify(file, "jax", "cuda", "float32")
+    assert report.rows
+    for row in report.rows:
+        assert row.passed, row
+        assert row.error <= row.tolerance, row
+
+
+@pytest.mark.parametrize("statistics", ["exact", "lagged"])
+def test_the_same_bits_every_time(statistics):
+    shapes = {"w": (1000, 777), "conv": (3, 3, 64, 130), "b": (4099,), "small": (5, 7)}
+    params, grads = arrays(shapes), [arrays(shapes, seed=t + 1) for t in range(3)]
+    tx = optimizer(backend="cuda", statistics=statistics, max_grad_norm=1.0)
+    first = run_steps(tx, params, grads)
+    for _ in range(3):
+        assert_equal(run_steps(tx, params, grads), first)
+
+
+def test_as_on_the_cpu():
+    """The same program on both devices of one process."""
+    shapes = {"w": (300, 301), "b": (300,)}
+    params, grads, tx = arrays(shapes), arrays(shapes, 1), optimizer()
+    cpu = jax.devices("cpu")[0]
+    step = jax.jit(lambda g, p: tx.step(g, tx.init(p), p))
+    on_gpu, _ = step(grads, params)
+    on_cpu, _ = step(*jax.device_put((grads, params), cpu))
+    assert jax.tree.leaves(on_cpu)[0].devices() == {cpu}
+    assert_follows([jax.device_get(on_gpu)], numpy_steps(params, [grads]), params)
+    assert_follows([jax.device_get(on_cpu)], numpy_steps(params, [grads]), params)
+
+
+def test_float64_takes_the_reference_with_a_warning():
+    spec = Spec(hidden_size=5)
+    tx = optimizer(spec, make_theta(spec))
+    with jax.enable_x64(True):
+        params = arrays({"w": (6, 5)}, dtype=jnp.float64)
+        state = tx.init(params)
+        with pytest.warns(BackendWarning, match="float64"):
+            found, _ = tx.step(params, state, params)
+    assert np.isfinite(found["w"]).all()
+
+
+COMMAND_BUFFERS = """
+    import sys
+    sys.path.insert(0, {tests!r})
+    import jax, jax.numpy as jnp, numpy as np
+    from test_jax import arrays, optimizer
+    shapes = {{"w": (300, 400), "b": (9,), "v": (64, 100)}}
+    tx = optimizer(backend="cuda", max_grad_norm=1.0, statistics={statistics!r})
+
+    @jax.jit
+    def unroll(params, grads):
+        def body(carry, g):
+            params, state = carry
+            return tx.step(jax.tree.map(lambda a: a * 1.5, g), state, params), None
+        return jax.lax.scan(body, (params, tx.init(params)), grads)[0]
+
+    for _ in range(3):  # a command buffer is recorded when a program runs again
+        params, state = unroll(arrays(shapes), arrays(shapes, 1, batch=(6,)))
+    np.savez({file!r}, *jax.tree.leaves((params, state)))
+"""
+
+
+@pytest.mark.parametrize("statistics", ["exact", "lagged"])
+def test_command_buffers(tmp_path, statistics):
+    """Captured into CUDA graphs by XLA, the custom call gives the same bits as without."""
+    results = []
+    for i, flags in enumerate(
+        [
+            "--xla_gpu_enable_command_buffer=",
+            "--xla_gpu_enable_command_buffer=FUSION,CUSTOM_CALL,WHILE --xla_gpu_graph_min_graph_size=1",
+        ]
+    ):
+        file = tmp_path / f"{i}.npz"
+        code = textwrap.dedent(COMMAND_BUFFERS).format(
+            tests=str(TESTS), file=str(file), statistics=statistics
+        )
+        environment = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()}
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        if "nknown flag" in done.stderr:
+            pytest.skip(f"this version of XLA has no such flags: {flags}")
+        assert done.returncode == 0, done.stderr[-2000:]
+        results.append(np.load(file))
+    first, second = results
+    assert first.files
+    for name in first.files:
+        np.testing.assert_array_equal(first[name], second[name])
+
+
+def test_population_of_tasks():
+    """A truncation of meta-training on the GPU: finite, and theta moves."""
+    from lopt_fast.meta import train
+    from lopt_fast.meta.tasks import Dataset
+
+    rng = np.random.default_rng(0)
+    noise = Dataset(
+        "noise",
+        rng.standard_normal((256, 8, 8)).astype(np.float32),
+        rng.integers(0, 10, 256).astype(np.int32),
+    )
+    config = train.MetaTrainConfig(datasets=("digits",), loss_weights=(1.0,), pairs=4, truncation=5, warmup=1)
+    tasks = train.make_tasks(config, [noise])
+    state = train.init_outer_state(config, tasks)
+    step = train.make_outer_step(config, tasks)
+    after, losses = step(state)
+    assert np.isfinite(losses).all()
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state.theta, after.theta)
+    assert max(jax.tree.leaves(moved)) > 0
+    assert all(np.isfinite(a).all() for a in jax.tree.leaves(after.theta))
