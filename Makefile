@@ -1,15 +1,20 @@
 # make demo   set up, build, train, print a table          make test   everything that must hold before a commit
 # make gpu    on a machine with an NVIDIA GPU: build, test on it, measure (under 10 minutes)
-# Variables: PYTHON (3.11 or later), TORCH (which PyTorch to install), VENV (where to), CUDA_ARCHITECTURES (what CMake
-# calls so; one is built in a third of the time; plain pip install builds all that CMakeLists.txt names).
+# Variables: PYTHON (3.11 or later), TORCH (which PyTorch to install), VENV (where to), LOPT_CUDA (AUTO, ON,
+# OFF), CUDA_ARCHITECTURES (what CMake calls so; plain pip install builds all that CMakeLists.txt names, in three times
+# the time).
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3.11)
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 CUDA_ARCHITECTURES ?= 90-real
+LOPT_CUDA ?= AUTO
 
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.lopt_fast-installed
+INSTALLED := $(VENV)/.lopt_fast-installed
+STAMP := $(INSTALLED)-$(LOPT_CUDA)
+# Without the CUDA kernels, which take minutes to compile, where nothing is installed yet.
+DEMO_STAMP := $(firstword $(wildcard $(INSTALLED)-*) $(INSTALLED)-OFF)
 NATIVE := CMakeLists.txt $(wildcard cmake/*) $(wildcard csrc/*) $(wildcard kernels/*/*.cc kernels/*/*.cu kernels/*/*.h)
 CXX_FILES = $(wildcard csrc/*.cc csrc/*.h kernels/*/*.cc kernels/*/*.cu kernels/*/*.h)
 
@@ -36,16 +41,18 @@ requirements: | $(BIN)/python
 	  { echo "no C++ compiler ($(CXX)); on Debian: apt install g++" >&2; exit 1; }
 
 # The stamp is newer than everything that the installed package was built from; Python files need no new install.
-$(STAMP): pyproject.toml $(NATIVE) | requirements
+$(INSTALLED)-%: pyproject.toml $(NATIVE) | requirements
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet "scikit-build-core>=0.10" "pybind11>=2.13" cmake ninja
 	$(BIN)/python -m pip install --quiet --no-build-isolation -Cbuild-dir=build/{wheel_tag} \
-	  -Ccmake.define.CMAKE_CUDA_ARCHITECTURES="$(CUDA_ARCHITECTURES)" --editable ".[torch,jax,plot,test,bench,dev]"
+	  -Ccmake.define.LOPT_CUDA=$* -Ccmake.define.CMAKE_CUDA_ARCHITECTURES="$(CUDA_ARCHITECTURES)" \
+	  --editable ".[torch,jax,plot,test,bench,dev]"
+	@rm -f $(INSTALLED)-*
 	@touch $@
 
 install: $(STAMP)
 
-demo: $(STAMP)
+demo: $(DEMO_STAMP)
 	$(BIN)/python examples/demo.py
 
 lint: $(STAMP)
@@ -72,7 +79,7 @@ gpu-present:
 
 # Results are to be committed: bench/results/gpu/ holds one record of each run.
 gpu: CUDA_ARCHITECTURES := native
-gpu: gpu-present $(STAMP)
+gpu: gpu-present $(INSTALLED)-ON
 	$(BIN)/lopt-fast bench gpu --check
 	$(BIN)/python -m pytest -q tests/gpu
 	$(BIN)/lopt-fast bench gpu --json bench/results/gpu
