@@ -135,6 +135,8 @@ PYBIND11_MODULE(_native, m) {
         py::arg("apply"), py::arg("lr"), py::arg("weight_decay"), py::arg("grad_scale"), py::arg("t"),
         py::arg("max_grad_norm"), py::arg("pool"), py::arg("threads"));
 
+  m.attr("cuda_build") = LOPT_CUDA_BUILD;  // why lopt_fast._cuda was not built; empty: it was
+
   lopt::bind_plan(m);
   lopt::bind_gpu(m);
   lopt::bind_gpu_test_hooks(m);

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 import warnings
@@ -90,6 +91,11 @@ class Kernels:
 
     def problem(self, ordinal: int) -> str | None:
         return "compute capability 7.5 is below 8.0" if ordinal == 0 else None
+
+
+def test_the_core_says_why_there_is_no_cuda_module() -> None:
+    built = importlib.util.find_spec("lopt_fast._cuda") is not None
+    assert (native().cuda_build == "") == built
 
 
 @pytest.fixture

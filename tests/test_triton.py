@@ -44,10 +44,10 @@ def test_in_the_interpreter(chosen: str) -> None:
     assert not re.search(r"\d+ skipped", done.stdout), done.stdout
 
 
-def compiled(root: Path, tmp_path: Path, *arguments: str) -> list[dict]:
-    """Rows of tools/triton_resources.py, in a process and with a cache of its own."""
+def compiled(tmp_path: Path, *arguments: str) -> list[dict]:
+    """Rows of lopt_fast.benchmark.triton_resources, in a process and with a cache of its own."""
     file = tmp_path / "rows.json"
-    done = run(root / "tools/triton_resources.py", *arguments, "--json", file)
+    done = run("-m", "lopt_fast.benchmark.triton_resources", *arguments, "--json", file)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(file.read_text())
 
@@ -70,15 +70,15 @@ def check(rows: list[dict]) -> None:
 
 
 @pytest.mark.parametrize("part", ["statistics", "apply"])
-def test_every_kernel_compiles_without_spills(root: Path, tmp_path: Path, part: str) -> None:
-    rows = compiled(root, tmp_path, "--target", "sm_90", "--only", part)
+def test_every_kernel_compiles_without_spills(tmp_path: Path, part: str) -> None:
+    rows = compiled(tmp_path, "--target", "sm_90", "--only", part)
     check(rows)
     assert len(rows) >= 10
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
-def test_main_kernels_compile_for_other_targets(root: Path, tmp_path: Path, target: str) -> None:
-    rows = compiled(root, tmp_path, "--target", target, "--only", "main")
+def test_main_kernels_compile_for_other_targets(tmp_path: Path, target: str) -> None:
+    rows = compiled(tmp_path, "--target", target, "--only", "main")
     check(rows)
     assert {row["kernel"] for row in rows} >= {
         "factor_statistics",

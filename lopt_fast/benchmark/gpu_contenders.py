@@ -300,34 +300,13 @@ def pylo(place: Place, config: Config) -> Builder:
     """PyLO's CUDA kernel with our meta-parameters. Raises ImportError where it is not installed."""
     if place.rehearsal:
         raise ImportError("a rehearsal has no CUDA")
-    from pylo.models.Meta_MLP import MetaMLP
     from pylo.optim.AdafacLO_cuda import AdafacLO_CUDA
 
-    spec = config.spec
-    theta = {n: torch.from_numpy(a) for n, a in meta_parameters(spec).items()}
-    # Its count of hidden layers leaves the first one out; weights are (outputs, inputs).
-    network = MetaMLP(spec.input_size, spec.hidden_size, spec.hidden_layers - 1)
-    linear = [m for m in network.modules() if isinstance(m, torch.nn.Linear)]
-    with torch.no_grad():
-        for i, layer in enumerate(linear):
-            layer.weight.copy_(theta[f"w{i}"].T)
-            layer.bias.copy_(theta[f"b{i}"])
+    from .torch_contenders import pylo_optimizer
 
     def build(parameters: Tensors, gradients: Tensors) -> GpuContender:
         params = _parameters(place, parameters, gradients)
-        download = MetaMLP.from_pretrained  # the constructor downloads weights: it gets ours instead
-        MetaMLP.from_pretrained = classmethod(lambda cls, *args, **kwargs: network)
-        try:
-            optimizer = AdafacLO_CUDA(
-                params,
-                momentum_decays=theta["momentum_decays"].tolist(),
-                rms_decays=theta["rms_decays"].tolist(),
-                adafactor_decays=theta["adafactor_decays"].tolist(),
-                exp_mult=spec.exp_mult,
-                step_mult=spec.step_mult,
-            )
-        finally:
-            MetaMLP.from_pretrained = download
+        optimizer = pylo_optimizer(AdafacLO_CUDA, params, config.spec)
         return wrap(place, "pylo", list(params), optimizer.step)
 
     return build

@@ -31,44 +31,21 @@ def _pylo(config: Config) -> contenders.Builder:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says at import that its CUDA kernels are missing
         import torch
-        from pylo.models.Meta_MLP import MetaMLP
         from pylo.optim.AdafacLO_naive import AdafacLO_naive
     from . import torch_contenders
 
     spec = config.spec
-    theta = {n: torch.from_numpy(a) for n, a in meta_parameters(spec).items()}
-    # Its count of hidden layers leaves the first one out; weights are (outputs, inputs).
-    network = MetaMLP(spec.input_size, spec.hidden_size, spec.hidden_layers - 1)
-    linear = [m for m in network.modules() if isinstance(m, torch.nn.Linear)]
-    with torch.no_grad():
-        for i, layer in enumerate(linear):
-            layer.weight.copy_(theta[f"w{i}"].T)
-            layer.bias.copy_(theta[f"b{i}"])
-
-    class WithNetwork(AdafacLO_naive):
-        """The constructor downloads weights: it gets ours instead."""
-
-        def __init__(self, params: Any) -> None:
-            download = MetaMLP.from_pretrained
-            MetaMLP.from_pretrained = classmethod(lambda cls, *args, **kwargs: network)
-            try:
-                super().__init__(
-                    params,
-                    momentum_decays=theta["momentum_decays"].tolist(),
-                    rms_decays=theta["rms_decays"].tolist(),
-                    adafactor_decays=theta["adafactor_decays"].tolist(),
-                    exp_mult=spec.exp_mult,
-                    step_mult=spec.step_mult,
-                    hidden_size=spec.hidden_size,
-                    hidden_layers=spec.hidden_layers - 1,
-                )
-            finally:
-                MetaMLP.from_pretrained = download
+    sizes = {"hidden_size": spec.hidden_size, "hidden_layers": spec.hidden_layers - 1}
 
     def build(parameters: Arrays, gradients: Arrays) -> Contender:
         torch.set_num_threads(config.threads)
         params = [torch.nn.Parameter(torch.tensor(p)) for p in parameters]
-        return torch_contenders.wrap("pylo", params, gradients, lambda: WithNetwork(params).step)
+        return torch_contenders.wrap(
+            "pylo",
+            params,
+            gradients,
+            lambda: torch_contenders.pylo_optimizer(AdafacLO_naive, params, spec, **sizes).step,
+        )
 
     return build
 

@@ -282,20 +282,15 @@ def _arguments(s: str, at: int) -> tuple[list[str], int]:
 
 
 def of_triton(only: str | None = None, targets: Sequence[str] = ()) -> dict[str, Resources]:
-    """The Triton kernels, compiled ahead of time by tools/triton_resources.py for its targets.
+    """The Triton kernels, compiled ahead of time by triton_resources.py for its targets, in a process of its own.
 
     `only`: "apply", "statistics" (all others) or "main" (a few).
     """
     if importlib.util.find_spec("triton") is None:
         raise BenchmarkError("triton is not installed: pip install triton")
-    script = Path(__file__).resolve().parents[2] / "tools/triton_resources.py"
-    if not script.exists():
-        raise BenchmarkError(
-            "the Triton kernels are compiled by tools/triton_resources.py of the source folder"
-        )
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "resources.json"
-        command = [sys.executable, str(script), "--json", str(out)]
+        command = [sys.executable, "-m", "lopt_fast.benchmark.triton_resources", "--json", str(out)]
         command += ["--only", only] if only else []
         for target in targets:
             command += ["--target", target]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from .. import reference
+from ..spec import Spec
 from .contenders import (
     BETA1,
     BETA2,
@@ -101,3 +102,24 @@ def copy_contender(parameters: int, threads: int) -> Contender:
             target.copy_(source)
 
     return Contender("torch", "copy", lambda steps: None, run, lambda: [target.numpy()])
+
+
+def pylo_optimizer(optimizer: Any, params: Any, spec: Spec, **more: Any) -> Any:
+    """PyLO's `optimizer` of small_fc_lopt with our meta-parameters; its constructor would download weights."""
+    from pylo.models.Meta_MLP import MetaMLP
+
+    theta = {n: torch.from_numpy(a) for n, a in meta_parameters(spec).items()}
+    # Its count of hidden layers leaves the first one out; weights are (outputs, inputs).
+    network = MetaMLP(spec.input_size, spec.hidden_size, spec.hidden_layers - 1)
+    linear = [m for m in network.modules() if isinstance(m, torch.nn.Linear)]
+    with torch.no_grad():
+        for i, layer in enumerate(linear):
+            layer.weight.copy_(theta[f"w{i}"].T)
+            layer.bias.copy_(theta[f"b{i}"])
+    download = MetaMLP.from_pretrained
+    MetaMLP.from_pretrained = classmethod(lambda cls, *args, **kwargs: network)
+    try:
+        decays = {n: a.tolist() for n, a in theta.items() if n.endswith("_decays")}
+        return optimizer(params, exp_mult=spec.exp_mult, step_mult=spec.step_mult, **decays, **more)
+    finally:
+        MetaMLP.from_pretrained = download

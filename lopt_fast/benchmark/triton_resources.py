@@ -1,6 +1,6 @@
 """Compile the Triton kernels ahead of time, no GPU needed, and report what each takes: registers, spills, loads.
 
-python tools/triton_resources.py [--target sm_90 ...] [--only apply|statistics|main] [--json FILE]
+python -m lopt_fast.benchmark.triton_resources [--target sm_90 ...] [--only apply|statistics|main] [--json FILE]
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def compile_instance(
     kernel: str, name: str, layout: Any, network: Any, more: dict[str, Any], target: str
 ) -> Resources:
     """Compile one instance for "sm_<number>" or an AMD target and read its resources from the binary."""
-    import lopt_fast.kernels.small_fc_lopt.triton as k
+    k = import_module("lopt_fast.kernels.small_fc_lopt.triton")
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -167,7 +168,7 @@ def resources(
     Compiles in this process; set TRITON_CACHE_DIR to a new folder before triton is imported if nothing may come from
     the cache.
     """
-    import lopt_fast.kernels.small_fc_lopt.triton as k
+    k = import_module("lopt_fast.kernels.small_fc_lopt.triton")
 
     found = []
     for target in targets:
