@@ -1,13 +1,12 @@
 # make demo   set up, build, train, print a table          make test   everything that must hold before a commit
 # make gpu    on a machine with an NVIDIA GPU: build, test on it, measure (under 10 minutes)
 # Variables: PYTHON (3.11 or later), TORCH (which PyTorch to install), VENV (where to), LOPT_CUDA (AUTO, ON,
-# OFF), CUDA_ARCHITECTURES (what CMake calls so; plain pip install builds all that CMakeLists.txt names, in three times
-# the time).
+# OFF), CUDA_ARCHITECTURES (what CMake calls so, separated by semicolons; resources.json has those below).
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3.11)
 TORCH ?= torch==2.13.0
 VENV ?= .venv
-CUDA_ARCHITECTURES ?= 90-real
+CUDA_ARCHITECTURES ?= 80-real;90-real;100-real
 LOPT_CUDA ?= AUTO
 
 BIN := $(VENV)/bin
@@ -46,7 +45,7 @@ $(INSTALLED)-%: pyproject.toml $(NATIVE) | requirements
 	$(BIN)/python -m pip install --quiet "scikit-build-core>=0.10" "pybind11>=2.13" cmake ninja
 	$(BIN)/python -m pip install --quiet --no-build-isolation -Cbuild-dir=build/{wheel_tag} \
 	  -Ccmake.define.LOPT_CUDA=$* -Ccmake.define.CMAKE_CUDA_ARCHITECTURES="$(CUDA_ARCHITECTURES)" \
-	  --editable ".[torch,jax,plot,test,bench,dev]"
+	  --editable ".[torch,jax,meta,plot,test,bench,dev]"
 	@rm -f $(INSTALLED)-*
 	@touch $@
 

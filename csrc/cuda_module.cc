@@ -18,7 +18,7 @@ namespace py = pybind11;
 namespace lopt {
 namespace {
 
-constexpr int32_t kLeastCapability = 80;  // see CMAKE_CUDA_ARCHITECTURES in CMakeLists.txt
+constexpr int32_t kLeastCapability = 80;  // arch=compute_80 in CMakeLists.txt
 
 const char* text_of(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 

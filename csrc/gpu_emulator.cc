@@ -45,40 +45,41 @@ std::unique_ptr<S> shared_memory() {
 }
 
 // Pass 3 on tensor cores.
-template <int H, bool Lagged, bool Bfloat16>
+template <int H, bool Bfloat16>
 void apply_matmul(const GpuLaunch& launch, const Item& item) {
   HostBlock block;
   const auto shared = shared_memory<MatmulShared<H, Bfloat16>>();
   open_item(block, shared->base, launch, item.tensor, item.phase);
-  MatmulPasses<HostBlock, H, Lagged, Bfloat16> passes(block, *shared);
-  if (shared->base.record.factored)
-    passes.template apply_matmul<true>(item.index);
-  else
-    passes.template apply_matmul<false>(item.index);
+  MatmulPasses<HostBlock, H, Bfloat16>(block, *shared).apply_matmul(item.index);
 }
 
-template <int H, bool Lagged>
+template <int H>
 const char* run_item(const GpuLaunch& launch, const Item& item) {
   if (!ready(launch, item)) return "an item came before one that it needs";
-  if (item.phase == kApply && launch.variant != MlpVariant::elementwise) {
+  HostBlock block;
+  const auto shared = shared_memory<Shared<H>>();
+  open_item(block, *shared, launch, item.tensor, item.phase);
+  const auto run = [&](auto part) {
+    Passes<HostBlock, H, decltype(part)::lagged>(block, *shared).run(part, item.index);
+  };
+  if (gathers(*shared, item.phase)) run(GatherPart());
+  if (item.phase != kApply) {
+    call_part(item.phase, shared->record, run);
+  } else if (launch.variant == MlpVariant::elementwise) {
+    launch.step.lagged ? call_apply<H, true>(shared->record, run) : call_apply<H, false>(shared->record, run);
+  } else {
     if constexpr (H < kMatmulLeast)
       return "no kernel of this variant of the network for this width";
     else if (launch.variant == MlpVariant::matmul)
-      apply_matmul<H, Lagged, false>(launch, item);
+      apply_matmul<H, false>(launch, item);
     else
-      apply_matmul<H, Lagged, true>(launch, item);
-  } else {
-    HostBlock block;
-    const auto shared = shared_memory<Shared<H>>();
-    open_item(block, *shared, launch, item.tensor, item.phase);
-    Passes<HostBlock, H, Lagged> passes(block, *shared);
-    call_part(item.phase, shared->record, [&](auto part) { passes.run(part, item.index); });
+      apply_matmul<H, true>(launch, item);
   }
   launch.step.done[item.tensor * kPhases + item.phase] += 1;
   return nullptr;
 }
 
-template <int H, bool Lagged>
+template <int H>
 const char* run_items(const GpuLaunch& launch) {
   std::vector<Item> items;
   int32_t span = 0;
@@ -89,7 +90,7 @@ const char* run_items(const GpuLaunch& launch) {
   }
   if (!settings.seed) {
     for (const Item& item : items)
-      if (const char* error = run_item<H, Lagged>(launch, item)) return error;
+      if (const char* error = run_item<H>(launch, item)) return error;
     return nullptr;
   }
   // As many blocks as a device would run hold an item each, taken in order; any that is ready may be done
@@ -109,7 +110,7 @@ const char* run_items(const GpuLaunch& launch) {
       if (ready(launch, held[i])) can.push_back(i);
     if (can.empty()) return "all blocks wait for each other";
     const size_t chosen = can[random(can.size())];
-    if (const char* error = run_item<H, Lagged>(launch, held[chosen])) return error;
+    if (const char* error = run_item<H>(launch, held[chosen])) return error;
     held.erase(held.begin() + int64_t(chosen));
   }
   return nullptr;
@@ -117,8 +118,7 @@ const char* run_items(const GpuLaunch& launch) {
 
 template <int H>
 const char* run(const GpuLaunch& launch) {
-  if (launch.kind == LaunchKind::items)
-    return launch.step.lagged ? run_items<H, true>(launch) : run_items<H, false>(launch);
+  if (launch.kind == LaunchKind::items) return run_items<H>(launch);
   HostBlock block;
   const std::unique_ptr<Shared<H>> shared(new Shared<H>);
   for (int32_t i = 0; i < launch.tensors; ++i) {

@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from .meta.cli import register as register_meta
+
 app = typer.Typer(
     name="lopt-fast",
     no_args_is_help=True,
@@ -36,6 +38,7 @@ except ImportError as _error:  # a package that benchmarks need is missing: the 
 
 
 app.add_typer(_bench, name="bench")
+register_meta(app)
 
 
 def _out() -> Console:

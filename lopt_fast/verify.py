@@ -1,9 +1,10 @@
 """Replays golden files through the public interface of NumPy, PyTorch or JAX and compares every step.
 
 A golden file holds start values, gradients, meta-parameters and the parameters after each step, as another
-implementation computed them. Three kinds are known: trajectories of google/learned_optimization's AdafacMLPLOpt
+implementation computed them. Three kinds are known here: trajectories of google/learned_optimization's AdafacMLPLOpt
 (family `adafac`) and of PyLO's AdafacLO (`pylo_adafac`), and the MLP's input columns (`kind: features`), which are
-read out here through a network that passes one column on: 39 trajectories with parameters held in place.
+read out through a network that passes one column on: 39 trajectories with parameters held in place. A fourth,
+estimates of meta-gradients (`kind: pes`), is replayed by lopt_fast/meta/verify_pes.py.
 """
 
 from __future__ import annotations
@@ -137,6 +138,8 @@ def verify(
     `device` is PyTorch's name of one, as "cuda:1"; None: the first that the backend runs on, the CPU for "auto" and
     "reference".
 
+    Meta-gradients (`kind: pes`) are replayed in JAX whatever the framework; the report says so.
+
     `dtype` is float64 for NumPy's reference, else float32 by default. Let p be the expected parameters of a tensor
     after a step and d their change in it: the error may be ``4 eps max|p| + r max|d|``, with the eps of float64 and
     r = 1e-9 where both runs are in float64, with the eps of float32 and r = 1e-4 otherwise.
@@ -144,13 +147,19 @@ def verify(
     Raises GoldenError for a file that cannot be read or replayed and for a missing framework, BackendError for a
     backend that cannot be used.
     """
+    asked = dtype
     run, dtype = _runner(framework, backend, dtype)
     if device is not None and framework != "torch":
         raise GoldenError(f"device {device!r}: can be chosen for torch alone, not for {framework}")
     if device is not None and not re.fullmatch(r"[a-z]+(:\d+)?", device):
         raise GoldenError(f"device {device!r}: must be as cpu, cuda or cuda:1")
     device = device or _device(backend)
-    case = load(path)
+    path = Path(path)
+    data = _read(path)
+    meta = _meta(path, data)
+    if meta.get("kind") == "pes":
+        return _pes(path, data, meta, framework, backend, asked)
+    case = _load(path, data, meta)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", BackendWarning)  # the report names the backend
         chosen = ", ".join(sorted({_chosen(r.spec, framework, backend, dtype, device) for r in case.replays}))
@@ -164,6 +173,19 @@ def verify(
     return Report(
         str(path), framework, chosen, dtype, tuple(row for _, row in worst.values()), dict(case.skipped)
     )
+
+
+def _pes(
+    path: Path, data: Arrays, meta: Mapping[str, Any], framework: str, backend: str, dtype: str | None
+) -> Report:
+    try:
+        from .meta import verify_pes
+    except ImportError as error:
+        raise GoldenError(
+            f"{path}: meta-gradients are replayed in JAX, which cannot be imported ({error}): "
+            "pip install 'lopt-fast[jax]'"
+        ) from error
+    return verify_pes.verify(path, data, meta, framework, backend, dtype)
 
 
 def _compare(
@@ -204,7 +226,10 @@ def load(path: str | Path) -> Case:
     """Read a golden file with the inputs and weights that it refers to. Raises GoldenError."""
     path = Path(path)
     data = _read(path)
-    meta = _meta(path, data)
+    return _load(path, data, _meta(path, data))
+
+
+def _load(path: Path, data: Arrays, meta: Mapping[str, Any]) -> Case:
     try:
         if meta.get("kind") == "features":
             return _features(path, data, meta)
@@ -212,7 +237,7 @@ def load(path: str | Path) -> Case:
         if family not in FAMILIES:
             what = f"family {family!r}" if family else f"kind {meta.get('kind')!r}"
             raise GoldenError(
-                f"{path}: {what} cannot be replayed; known are {', '.join(FAMILIES)} and features"
+                f"{path}: {what} cannot be replayed; known are {', '.join(FAMILIES)}, features and pes"
             )
         return _trajectory(path, data, meta)
     except SpecError as error:
@@ -239,7 +264,7 @@ def _meta(path: Path, data: Arrays) -> dict[str, Any]:
         raise GoldenError(f"{path}: not a golden file: no JSON under the key 'meta'") from error
 
 
-def _group(data: Mapping[str, np.ndarray], name: str) -> Arrays:
+def group(data: Mapping[str, np.ndarray], name: str) -> Arrays:
     """The arrays `name/<key>` by <key>."""
     return {key.removeprefix(f"{name}/"): a for key, a in data.items() if key.startswith(f"{name}/")}
 
@@ -248,7 +273,7 @@ def _inputs(path: Path, meta: Mapping[str, Any], names: Sequence[str], steps: in
     """(start values, gradients of the first `steps` steps) of the named tensors."""
     source = path.parent / Path(meta["inputs"]).name
     data = _read(source)
-    params0, grads = _group(data, "params0"), _group(data, "grads")
+    params0, grads = group(data, "params0"), group(data, "grads")
     for name in names:
         if name not in params0 or name not in grads:
             raise GoldenError(f"{path}: tensor {name!r} is not in {source}")
@@ -263,8 +288,8 @@ def _inputs(path: Path, meta: Mapping[str, Any], names: Sequence[str], steps: in
 def _trajectory(path: Path, data: Arrays, meta: Mapping[str, Any]) -> Case:
     exact = any(key.startswith(("params64/", "params64_sub/")) for key in data)
     suffix = "64" if exact else ""
-    whole, thinned = _group(data, f"params{suffix}"), _group(data, f"params{suffix}_sub")
-    index, last = _group(data, "sub_index"), _group(data, "params_last")
+    whole, thinned = group(data, f"params{suffix}"), group(data, f"params{suffix}_sub")
+    index, last = group(data, "sub_index"), group(data, "params_last")
     names = sorted({*whole, *thinned})
     if not names:
         raise GoldenError(f"{path}: has no parameter trajectories")
@@ -291,16 +316,16 @@ def _trajectory(path: Path, data: Arrays, meta: Mapping[str, Any]) -> Case:
             targets[name] = Target(flat, exact, shown, full)
     if not targets:
         raise GoldenError(f"{path}: no tensor can be compared: {skipped}")
-    leaves = _group(data, "theta")
+    leaves = group(data, "theta")
     if meta.get("theta_ref"):
         leaves = _read(path.parent / Path(meta["theta_ref"]).name)
         leaves.pop("meta", None)
     given = dict(meta["hyperparameters"])
     make = _pylo_replay if meta["family"] == "pylo_adafac" else _adafac_replay
-    return Case(params0, grads, (make(given, _theta(leaves), targets),), skipped)
+    return Case(params0, grads, (make(given, theta_of(leaves), targets),), skipped)
 
 
-def _spec(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Spec:
+def spec_of(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Spec:
     """Constructor arguments as a Spec. Raises SpecError for unknown ones, naming them."""
     unknown = sorted(given.keys() - _CONSTRUCTOR.keys())
     if unknown:
@@ -309,9 +334,9 @@ def _spec(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Spec:
     return Spec.from_dict({**defaults, **named})
 
 
-def _theta(leaves: Mapping[str, np.ndarray]) -> Arrays:
+def theta_of(leaves: Mapping[str, Any], stack: Callable[[list[Any]], Any] = np.stack) -> dict[str, Any]:
     """Meta-parameters by the names of Spec.theta_shapes, from pytree paths; w{l}_{i}_{j} and b{l}_{j} are joined."""
-    theta: Arrays = {}
+    theta: dict[str, Any] = {}
     single: dict[str, dict[tuple[int, ...], Any]] = {}
     for path, value in leaves.items():
         name, *position = path.rsplit("/", 1)[-1].split("_")
@@ -323,14 +348,12 @@ def _theta(leaves: Mapping[str, np.ndarray]) -> Arrays:
         shape = tuple(max(axis) + 1 for axis in zip(*entries, strict=True))
         if len(entries) != np.prod(shape):
             raise SpecError(f"meta-parameters {name}_*: {len(entries)} entries do not fill shape {shape}")
-        theta[name] = np.zeros(shape, np.float32)
-        for indices, value in entries.items():
-            theta[name][indices] = value
+        theta[name] = stack([entries[i] for i in np.ndindex(*shape)]).reshape(shape)
     return theta
 
 
 def _adafac_replay(given: Mapping[str, Any], theta: Arrays, targets: dict[str, Target]) -> Replay:
-    spec = _spec(given, {})
+    spec = spec_of(given, {})
     spec.check_theta(theta)
     return Replay(spec, theta, targets, matmul=bool(given.get("concat_weights", True)))
 
@@ -344,7 +367,7 @@ def _pylo_replay(given: Mapping[str, Any], theta: Arrays, targets: dict[str, Tar
     left_out = {"lr", "weight_decay", *_PYLO_NEUTRAL, *_PYLO_IN_THETA}
     layers = sum(name.startswith("w") for name in theta)
     shown = {"hidden_layers": layers - 1, "hidden_size": int(theta["b0"].shape[0]), "step_mult": 0.01}
-    spec = _spec({k: v for k, v in given.items() if k not in left_out}, shown)
+    spec = spec_of({k: v for k, v in given.items() if k not in left_out}, shown)
     spec.check_theta(theta)
     spec, theta = _with_decays(spec, theta, "float32", lowest=0.0)
     # (p - lr s)(1 - lr wd) = p - lr ((1 - lr wd) s + wd p)
@@ -370,13 +393,13 @@ def _with_decays(
 def _features(path: Path, data: Arrays, meta: Mapping[str, Any]) -> Case:
     """Each column as the trajectory of a network of two units that passes it on: relu(x) - relu(-x)."""
     exact = any(key.startswith("features64/") for key in data)
-    features = _group(data, "features64" if exact else "features")
+    features = group(data, "features64" if exact else "features")
     if not features:
         raise GoldenError(f"{path}: has no features")
     steps = len(next(iter(features.values())))
     params0, grads = _inputs(path, meta, sorted(features), steps)
     spec = replace(
-        _spec(meta.get("hyperparameters") or {}, {}),
+        spec_of(meta.get("hyperparameters") or {}, {}),
         hidden_size=2, hidden_layers=1, step_mult=_READ_OUT, exp_mult=0.0,
     )  # fmt: skip
     zeros = {name: np.zeros(shape, np.float32) for name, shape in spec.theta_shapes.items()}
@@ -507,7 +530,7 @@ def _run_jax(item: Replay, params0: Arrays, grads: Arrays, backend: str, dtype: 
     except ImportError as error:
         raise GoldenError(f"JAX cannot be imported ({error}): pip install 'lopt-fast[jax]'") from error
 
-    with _x64(jax, dtype == "float64"):
+    with x64(jax, dtype == "float64"):
         start = {name: jnp.asarray(p, dtype) for name, p in params0.items()}
         theta = {name: jnp.asarray(value, dtype) for name, value in item.theta.items()}
         init, step = _jax_step(item.spec, item.lr, item.weight_decay, backend)
@@ -541,7 +564,7 @@ def _jax_step(spec: Spec, lr: float, weight_decay: float, backend: str) -> tuple
 
 
 @contextmanager
-def _x64(jax: Any, wanted: bool) -> Iterator[None]:
+def x64(jax: Any, wanted: bool) -> Iterator[None]:
     before = jax.config.jax_enable_x64
     jax.config.update("jax_enable_x64", wanted)
     try:

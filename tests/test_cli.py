@@ -16,7 +16,9 @@ from lopt_fast import backends
 from lopt_fast.cli import app
 
 
-@pytest.mark.parametrize("command", [[], ["info"], ["verify"], ["train"], ["bench"]])
+@pytest.mark.parametrize(
+    "command", [[], ["info"], ["verify"], ["train"], ["bench"], ["meta-train"], ["eval"], ["bench", "meta"]]
+)
 def test_help(command: list[str]) -> None:
     result = CliRunner().invoke(app, [*command, "--help"])
     assert result.exit_code == 0, result.output

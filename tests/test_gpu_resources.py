@@ -187,10 +187,11 @@ def test_what_is_worse_is_named(change: dict[str, int], message: str) -> None:
 
 
 def test_new_and_missing_kernels() -> None:
-    assert resources.compare({"cuda/b": ROW}, {"cuda/a": ROW}) == [
-        "cuda/b: not in the table", "cuda/a: in the table, but not built",
+    found, table = {"cuda/sm_80/b": ROW}, {"cuda/sm_80/a": ROW, "cuda/sm_90/b": ROW}
+    assert resources.compare(found, table) == [
+        "cuda/sm_80/b: not in the table", "cuda/sm_80/a: in the table, but not built",
     ]  # fmt: skip
-    assert not resources.compare({}, {"cuda/a": ROW}, partial=True)
+    assert resources.compare(found, table, partial=True) == ["cuda/sm_80/b: not in the table"]
 
 
 def test_table_file(tmp_path: Path) -> None:
@@ -243,6 +244,18 @@ def test_cuda_kernels_are_as_in_the_table(table: resources.Rows) -> None:
     assert not worse, "\n".join([*worse, resources.ACCEPT])
 
 
+def test_make_builds_the_architectures_of_the_table(table: resources.Rows) -> None:
+    """So that the comparison above is one of all of them."""
+    default = re.search(r"^CUDA_ARCHITECTURES \?= (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert default
+    made = {f"cuda/sm_{entry.removesuffix('-real')}" for entry in default[1].split(";")}
+    assert (
+        made
+        == resources.architectures(resources.select(table, "cuda"))
+        == {f"cuda/sm_{n}" for n in (80, 90, 100)}
+    )
+
+
 @needs_tools
 def test_triton_kernels_are_as_in_the_table(table: resources.Rows) -> None:
     """A few of them on every target; `lopt-fast bench resources --backend triton` compares all."""
@@ -260,13 +273,15 @@ def test_triton_kernels_are_as_in_the_table(table: resources.Rows) -> None:
 def test_no_spills_in_loops(table: resources.Rows) -> None:
     """The table itself: neither Triton nor the three passes of the default variant spill in a loop.
 
-    Lagged statistics and the matmul variants do in places; the comparison above does not let that grow.
+    The matmul variants do at width 32; the comparison above does not let that grow.
     """
     passes = re.compile(r"cuda/.*/items_kernel<\d+, false>/.*Part<[146],")
     default = [name for name in table if not name.startswith("cuda/") or passes.match(name)]
     assert resources.select(table, "triton")
     assert any(name.startswith("cuda/") for name in default)
-    assert not [name for name in default if table[name].spills_in_loops]
+    # 4 accesses in pass 3 of width 8 where the assembler for 8.0 is a few registers short; 9.0 and 10.0 have none.
+    known = ["cuda/sm_80/items_kernel<8, false>/run_part<8, Part<6, true, true, false>>"]
+    assert [name for name in default if table[name].spills_in_loops] == known
 
 
 # ---- predicted times ----

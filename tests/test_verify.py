@@ -4,6 +4,8 @@ format, tampered with, damaged and foreign."""
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -256,7 +258,7 @@ def test_damaged_and_foreign_files(tmp_path: Path) -> None:
     ("meta", "message"),
     [
         ({"family": "velo"}, "family 'velo' cannot be replayed"),
-        ({"family": None, "kind": "pes"}, "kind 'pes' cannot be replayed"),
+        ({"family": None, "kind": "notes"}, "kind 'notes' cannot be replayed"),
         (
             {"hyperparameters": {"hidden_size": 4, "depth": 3, "colour": 1}},
             "unknown hyperparameters colour, depth",
@@ -299,3 +301,179 @@ def test_unusable_arguments(tmp_path: Path) -> None:
         assert message in result.output.replace("\n", " ")
     with pytest.raises(BackendError):
         verify.verify(path, "numpy", "triton")
+
+
+# Meta-gradients (kind: pes), replayed in JAX
+
+
+def make_estimate(folder: Path, sign: float | None = None, **meta: Any) -> Path:
+    """A file of one estimate, by the formula written out for each pair in float64."""
+    rng = np.random.default_rng(7)
+    steps, pairs, std = 7, 5, 0.03
+    losses = rng.uniform(0.5, 2.0, (2, steps, pairs)).astype(np.float32)
+    is_done, mask = np.zeros((steps, pairs), bool), np.ones((steps, pairs), bool)
+    is_done[2, 1] = is_done[6, 3] = True
+    mask[3, 1] = False
+    shapes = {"w": (3, 2), "deep/er/b": (), "deep/er/c": (1,)}
+    memory, vec = (
+        {n: std * rng.standard_normal((pairs, *s)).astype(np.float32) for n, s in shapes.items()}
+        for _ in "ab"
+    )
+    delta = losses[0].astype(np.float64) - losses[1]
+    out: dict[str, Any] = {f"grad/{n}": np.zeros(s) for n, s in shapes.items()}
+    out |= {f"new_accumulator/{n}": np.zeros((pairs, *s)) for n, s in shapes.items()}
+    out["loss"] = 0.0
+    for i in range(pairs):
+        made = int(mask[:, i].sum())
+        if sign is not None:
+            delta[:, i] = sign * np.sign((delta[:, i] * mask[:, i]).sum())
+        ended = next((t for t in range(steps) if is_done[t, i]), steps)
+        out["loss"] += ((losses[0] + losses[1].astype(np.float64)) * mask)[:, i].sum() / made / pairs / 2
+        for n in shapes:
+            both = memory[n][i] + vec[n][i].astype(np.float64)
+            for t in range(steps):
+                seen = both if t < ended else vec[n][i]
+                out[f"grad/{n}"] = out[f"grad/{n}"] + mask[t, i] * delta[t, i] / made * seen / pairs / (
+                    2 * std**2
+                )
+            out[f"new_accumulator/{n}"][i] = both if ended == steps else vec[n][i]
+    out["delta_losses"] = delta
+    path = folder / "estimate.npz"
+    np.savez(
+        path, meta=np.array(json.dumps({"kind": "pes", "std": std, "sign_delta_loss_scalar": sign} | meta)),
+        **{"in/p_loss": losses[0], "in/n_loss": losses[1], "in/is_done": is_done, "in/mask": mask},
+        **{f"in/accumulator/{n}": a for n, a in memory.items()}, **{f"in/vec_pos/{n}": a for n, a in vec.items()},
+        **{f"out64/{n}": a for n, a in out.items()},
+    )  # fmt: skip
+    return path
+
+
+@pytest.mark.parametrize("sign", [None, 0.25])
+def test_made_estimate(tmp_path: Path, sign: float | None) -> None:
+    need("jax")
+    report = verify.verify(make_estimate(tmp_path, sign))
+    assert report.passed, report
+    assert len(report.rows) == 2 * 8  # float64 and float32
+    assert [row.note for row in report.rows if row.tensor == "grad/deep/er/b"] == ["float64", "float32"]
+    assert all(row.tolerance <= 1e-11 for row in report.rows if row.note == "float64")
+
+
+def test_estimates_are_replayed_in_jax_whatever_was_asked_for(tmp_path: Path) -> None:
+    """So that a whole folder passes; the line says so."""
+    need("jax")
+    path = make_estimate(tmp_path)
+    for arguments in ((), ("--framework", "torch"), ("--framework", "numpy", "--dtype", "float64")):
+        result = run(path, *arguments)
+        assert result.exit_code == 0, result.output
+        assert "pass (jax, PES, in JAX whatever --framework says" in result.output.replace("\n", " ")
+    assert "whatever" not in run(path, "--framework", "jax").output
+
+
+@pytest.mark.parametrize("value", [1.001, np.nan])
+def test_tampered_estimate_fails(tmp_path: Path, value: float) -> None:
+    need("jax")
+    names = ["delta_losses", "grad/w", "loss", "new_accumulator/deep/er/c"]
+
+    def change(data: dict[str, np.ndarray]) -> None:
+        for name in names:
+            values = data[f"out64/{name}"]
+            values.flat[np.abs(values).argmax()] *= value
+
+    report = verify.verify(edit(make_estimate(tmp_path), change))
+    for dtype in ("float64", "float32"):
+        assert sorted(r.tensor for r in report.rows if not r.passed and r.note == dtype) == names
+
+
+def test_unrolls_with_truncated_gradients(shared: Path, tmp_path: Path) -> None:
+    """Whole calls of the outer loop; then with one number changed, the smallest change that must be seen."""
+    need("jax")
+    for name in ("adafac", "sgdm"):
+        report = verify.verify(shared / "golden" / f"pes_e2e_{name}.npz")
+        assert report.passed, report
+        assert {"p_loss", "n_mask", "p_inner_params", "n_iteration", "mean_loss"} < {
+            r.tensor for r in report.rows
+        }
+    source = shared / "golden" / "pes_e2e_sgdm.npz"
+    changes = {
+        "grad/log_lr": ((1,), 0.01), "acc_after/log_lr": ((2, 1), 1e-3), "p_loss": ((1, 1, 2), 1e-3),
+        "n_inner_params": ((3, 2, 1, 0), 1e-2), "p_is_done": ((0, 0, 0), None), "mean_loss": ((4,), 1e-3),
+    }  # fmt: skip
+
+    def change(data: dict[str, np.ndarray]) -> None:
+        for name, (index, by) in changes.items():
+            data[name][index] = not data[name][index] if by is None else data[name][index] * (1 + by)
+
+    (tmp_path / source.name).write_bytes(source.read_bytes())
+    report = verify.verify(edit(tmp_path / source.name, change))
+    assert {row.tensor for row in report.rows if not row.passed} == set(changes)
+    # What the replay reads is the start of an unroll alone: another start is another unroll.
+    (tmp_path / source.name).write_bytes(source.read_bytes())
+
+    def restart(data: dict[str, np.ndarray]) -> None:
+        data["p_inner_params"][0, 0, 0] += 0.1
+
+    report = verify.verify(edit(tmp_path / source.name, restart))
+    assert {"p_inner_params", "p_loss", "grad/log_lr", "mean_loss"} <= {
+        r.tensor for r in report.rows if not r.passed
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learned_opt": "LearnableAdam(initial_lr=0.1)"}, "known are AdafacMLPLOpt and LearnableSGDM"),
+        ({"learned_opt": "LearnableSGDM(nesterov=True)"}, "cannot be replayed"),
+        ({"learned_opt": "__import__('os')"}, "not a constructor with constant arguments"),
+        ({"learned_opt": "AdafacMLPLOpt(hidden_size=9)"}, "meta-parameter"),
+        ({"learned_opt": "AdafacMLPLOpt(depth=9)"}, "unknown hyperparameters depth"),
+        ({"task": "RosenbrockFamily"}, "task 'RosenbrockFamily' cannot be replayed"),
+        ({"std": 0.0}, "std=0.0: must be positive"),
+        ({"std": None}, "not a complete golden file"),
+    ],
+)
+def test_unusable_unrolls(shared: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    need("jax")
+    source = shared / "golden" / "pes_e2e_sgdm.npz"
+    (tmp_path / source.name).write_bytes(source.read_bytes())
+
+    def apply(data: dict[str, np.ndarray]) -> None:
+        data["meta"] = np.array(json.dumps(json.loads(str(data["meta"])) | change))
+
+    result = run(edit(tmp_path / source.name, apply))
+    assert result.exit_code == 2, result.output
+    assert message in result.output.replace("\n", " ")
+
+
+def test_incomplete_estimates(tmp_path: Path) -> None:
+    need("jax")
+    for missing, message in (
+        ("in/p_loss", "without losses"), ("in/mask", "not a complete"), ("in/vec_pos/w", "not a complete"),
+        ("out64/grad/w", "not a complete"), ("out64", "has no outputs"),
+    ):  # fmt: skip
+
+        def remove(data: dict[str, np.ndarray], missing: str = missing) -> None:
+            for key in [k for k in data if k == missing or k.startswith(f"{missing}/")]:
+                del data[key]
+
+        with pytest.raises(verify.GoldenError, match=message):
+            verify.verify(edit(make_estimate(tmp_path), remove))
+
+    def widen(data: dict[str, np.ndarray]) -> None:
+        data["out64/grad/w"] = data["out64/grad/w"][:, :1]
+
+    with pytest.raises(verify.GoldenError, match=r"grad/w has shape \(3, 1\), expected \(3, 2\)"):
+        verify.verify(edit(make_estimate(tmp_path), widen))
+
+
+def test_estimates_without_jax(tmp_path: Path) -> None:
+    """The file is named, with the remedy; the other files are still replayed."""
+    files = [make_golden(tmp_path), make_estimate(tmp_path)]
+    code = "import sys; sys.modules['jax'] = None; from lopt_fast.cli import main; main()"
+    result = subprocess.run(
+        [sys.executable, "-c", code, "verify", *map(str, files)], capture_output=True, text=True, check=False
+    )
+    output = " ".join((result.stdout + result.stderr).split())
+    assert result.returncode == 2, output
+    assert "estimate.npz: meta-gradients are replayed in JAX, which cannot be imported" in output
+    assert "lopt-fast[jax]" in output
+    assert "1 of 2 files within tolerance" in output

@@ -41,26 +41,25 @@ __device__ __forceinline__ S& shared_memory() {
 
 // A function for each part: inlined into one kernel they would spill, and take the assembler ten times as
 // long.
-template <int H, bool Lagged, typename Part>
+template <int H, typename Part>
 __device__ __noinline__ void run_part(Part part, int32_t item) {
   DeviceBlock block;
   auto& shared = shared_memory<Shared<H>>();
   const int32_t zero = *static_cast<const volatile int32_t*>(&shared.numbers.zero);
-  Passes<DeviceBlock, H, Lagged>(block, *(&shared + zero)).run(part, item);
+  Passes<DeviceBlock, H, Part::lagged>(block, *(&shared + zero)).run(part, item);
 }
 
 // Pass 3 on tensor cores.
-template <int H, bool Lagged, bool Bfloat16, bool Factored>
+template <int H, bool Bfloat16>
 __device__ __noinline__ void run_matmul(int32_t item) {
   DeviceBlock block;
   auto& shared = shared_memory<MatmulShared<H, Bfloat16>>();
   const int32_t zero = *static_cast<const volatile int32_t*>(&shared.base.numbers.zero);
-  MatmulPasses<DeviceBlock, H, Lagged, Bfloat16>(block, *(&shared + zero))
-      .template apply_matmul<Factored>(item);
+  MatmulPasses<DeviceBlock, H, Bfloat16>(block, *(&shared + zero)).apply_matmul(item);
 }
 
-// Runs the items of a launch: apply(factored, index) those of pass 3.
-template <int H, bool Lagged, typename Apply>
+// Runs the items of a launch: apply(part, index) those of pass 3.
+template <int H, typename Apply>
 __device__ __forceinline__ void run_items(const GpuLaunch& launch, Apply apply) {
   // What is needed behind an item lies in shared memory: it would take registers from the item.
   __shared__ int32_t taken, turn;
@@ -92,12 +91,11 @@ __device__ __forceinline__ void run_items(const GpuLaunch& launch, Apply apply) 
     DeviceBlock block;
     open_item(block, shared, launch, tensor, phase);
     const int32_t index = item - int32_t(launch.span_first[low]);
-    call_part(phase, shared.record, [&](auto part) {
-      if constexpr (part.phase == kApply)
-        apply(part, index);
-      else
-        run_part<H, Lagged>(part, index);
-    });
+    if (gathers(shared, phase)) run_part<H>(GatherPart(), index);
+    if (phase == kApply)
+      apply(shared.record, index);
+    else
+      call_part(phase, shared.record, [&](auto part) { run_part<H>(part, index); });
     if (launch.step.wait) {
       __threadfence();
       __syncthreads();
@@ -118,49 +116,58 @@ __global__ void __launch_bounds__(kThreads) other_kernel(const __grid_constant__
   }
 }
 
+// The kernels share all phases but pass 3. Registers are allotted for a kernel with all that it calls: parts
+// of pass 3 with different needs are kept apart, so that none of them spills for the sake of another.
 template <int H, bool Lagged>
 __global__ void __launch_bounds__(kThreads, kBlocks<H>)
     items_kernel(const __grid_constant__ GpuLaunch launch) {
-  run_items<H, Lagged>(launch, [](auto part, int32_t index) { run_part<H, Lagged>(part, index); });
+  run_items<H>(launch, [](const TensorRecord& r, int32_t index) {
+    call_apply<H, Lagged>(r, [&](auto part) { run_part<H>(part, index); });
+  });
 }
-template <int H, bool Lagged, bool Bfloat16>
+template <int H>
 __global__ void __launch_bounds__(kThreads, kBlocks<H>)
     matmul_kernel(const __grid_constant__ GpuLaunch launch) {
-  run_items<H, Lagged>(
-      launch, [](auto part, int32_t index) { run_matmul<H, Lagged, Bfloat16, part.factored>(index); });
+  run_items<H>(launch, [&](const TensorRecord&, int32_t index) {
+    if (launch.variant == MlpVariant::matmul)
+      run_matmul<H, false>(index);
+    else
+      run_matmul<H, true>(index);
+  });
 }
 
-template <typename S, typename Kernel>
-const char* launch_kernel(Kernel kernel, const GpuLaunch& launch, cudaStream_t stream) {
-  constexpr int kBytes = sizeof(S);
+template <typename Kernel>
+const char* launch_kernel(Kernel* kernel, size_t bytes, const GpuLaunch& launch, cudaStream_t stream) {
   int device, multiprocessors, blocks;
   cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess && kBytes > 48 * 1024)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (error == cudaSuccess && bytes > 48 * 1024)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess)
-    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, kBytes);
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, bytes);
   if (error != cudaSuccess) return cudaGetErrorString(error);
   int32_t grid = launch.tensors;
   if (launch.kind == LaunchKind::items) {
     const int32_t items = launch.last_item - launch.first_item, most = blocks * multiprocessors;
     grid = items < most ? items : most;
   }
-  kernel<<<grid, kThreads, kBytes, stream>>>(launch);
+  kernel<<<grid, kThreads, bytes, stream>>>(launch);
   error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-template <int H, bool Bfloat16>
-const char* launch_matmul(const GpuLaunch& launch, cudaStream_t stream) {
-  if constexpr (H < kMatmulLeast) {
-    return "no kernel of this variant of the network for this width";
-  } else {
-    using S = MatmulShared<H, Bfloat16>;
-    return launch.step.lagged ? launch_kernel<S>(matmul_kernel<H, true, Bfloat16>, launch, stream)
-                              : launch_kernel<S>(matmul_kernel<H, false, Bfloat16>, launch, stream);
+template <int H>
+const char* launch_items(const GpuLaunch& launch, cudaStream_t stream) {
+  if (launch.variant == MlpVariant::elementwise)
+    return launch_kernel(launch.step.lagged ? items_kernel<H, true> : items_kernel<H, false>,
+                         sizeof(Shared<H>), launch, stream);
+  if constexpr (H >= kMatmulLeast) {
+    const bool split = launch.variant == MlpVariant::matmul;
+    const size_t bytes = split ? sizeof(MatmulShared<H, false>) : sizeof(MatmulShared<H, true>);
+    return launch_kernel(matmul_kernel<H>, bytes, launch, stream);
   }
+  return "no kernel of this variant of the network for this width";
 }
 
 }  // namespace
@@ -170,18 +177,8 @@ const char* launch_matmul(const GpuLaunch& launch, cudaStream_t stream) {
 
 const char* LOPT_JOIN(launch_width_, LOPT_WIDTH)(const GpuLaunch& launch, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
-  if (launch.kind != LaunchKind::items)
-    return launch_kernel<Shared<LOPT_WIDTH>>(other_kernel<LOPT_WIDTH>, launch, s);
-  switch (launch.variant) {
-    case MlpVariant::matmul:
-      return launch_matmul<LOPT_WIDTH, false>(launch, s);
-    case MlpVariant::matmul_bfloat16:
-      return launch_matmul<LOPT_WIDTH, true>(launch, s);
-    default:
-      return launch.step.lagged
-                 ? launch_kernel<Shared<LOPT_WIDTH>>(items_kernel<LOPT_WIDTH, true>, launch, s)
-                 : launch_kernel<Shared<LOPT_WIDTH>>(items_kernel<LOPT_WIDTH, false>, launch, s);
-  }
+  if (launch.kind == LaunchKind::items) return launch_items<LOPT_WIDTH>(launch, s);
+  return launch_kernel(other_kernel<LOPT_WIDTH>, sizeof(Shared<LOPT_WIDTH>), launch, s);
 }
 
 }  // namespace lopt

@@ -47,10 +47,12 @@ struct StageFeatures {
   }
 };
 
-template <class Block, int H, bool Lagged, bool Bfloat16>
-struct MatmulPasses : Passes<Block, H, Lagged> {
+// Whether the tensor is factored and statistics are lagged is known at run time: the network, which is most
+// of the code, depends on neither.
+template <class Block, int H, bool Bfloat16>
+struct MatmulPasses : Passes<Block, H> {
   static_assert(H >= kMatmulLeast && kMatmulElements<H> == 1, "a parameter for each lane");
-  using Base = Passes<Block, H, Lagged>;
+  using Base = Passes<Block, H>;
   using Own = MatmulShared<H, Bfloat16>;
   template <typename T>
   using Threads = typename Block::template Threads<T>;
@@ -63,7 +65,6 @@ struct MatmulPasses : Passes<Block, H, Lagged> {
   LOPT_DEVICE MatmulPasses(Block& block, Own& own) : Base(block, own.base), own(own) {}
 
   // One item of kApply.
-  template <bool Factored>
   LOPT_DEVICE void apply_matmul(int32_t index) {
     if (shared.numbers.skip) return;
     open_network();
@@ -71,26 +72,22 @@ struct MatmulPasses : Passes<Block, H, Lagged> {
     const Walk& w = shared.walk;
     // As in Passes::apply: what the lagged sums of the factored axes are made from.
     const bool together = !several(r);
-    const bool rows = Factored && Lagged && m.per_row == 1 && together;
-    const bool columns = Factored && Lagged && together;
-    if constexpr (Lagged) {
+    const bool lagged = step.lagged, rows = r.factored && lagged && m.per_row == 1 && together;
+    const bool columns = r.factored && lagged && together;
+    if (lagged) {
       block.each([&](int thread) {
         LOPT_UNROLL
         for (int f = 0; f < kFeatures; ++f) shared.sums[f][thread] = 0;
       });
-      // Before anything is written: the output may be the gradient.
-      if (Factored && !rows) this->gather_x_sums(w.tile);
-      if (Factored && !columns) this->gather_y_sums(w.tile);
-      block.sync();
     }
     LOPT_NO_UNROLL
     for (int32_t turn = 0; turn < w.steps; ++turn) {
       Threads<ColumnSums> column_sums;
       block.sync();  // the turn before may still be reading what lies where places along x go
       block.each([&](int thread) {
-        if (Lagged) column_sums[thread] = {};
+        column_sums[thread] = {};
         const int32_t column = column_of(w, turn, thread);
-        if (Factored && m.per_row != 1 && column < w.tile.columns)
+        if (r.factored && m.per_row != 1 && column < w.tile.columns)
           shared.x_in_row[0][thread] = this->x_in_row(w.tile.column + column);
       });
       LOPT_NO_UNROLL
@@ -98,14 +95,15 @@ struct MatmulPasses : Passes<Block, H, Lagged> {
         Threads<Values<1>> row_sum;
         block.each([&](int thread) {
           row_sum[thread].v[0] = 0;
-          stage<Factored>(turn, base, thread, column_sums[thread], row_sum[thread].v[0]);
+          stage(turn, base, thread, column_sums[thread], row_sum[thread].v[0]);
         });
         block.warps([&](auto& warp, int index) {
           // Its first lane is inside if any is.
           if (!inside(shared.walk, turn, base, index * kWarpLanes)) return;
           Own& here = *(&own + this->zero());
+          const bool factored = here.base.record.factored;
           const auto bias = [&](int slot, int j, float (&to)[2]) {
-            if constexpr (Factored) {
+            if (factored) {
               float x[2], y[2];
               load_floats(here.place[0][index * kWarpLanes + slot] + 4 + j, x);
               load_floats(here.place[1][index * kWarpLanes + slot] + 4 + j, y);
@@ -115,7 +113,7 @@ struct MatmulPasses : Passes<Block, H, Lagged> {
             }
           };
           warp.sync();
-          matmul_mlp(warp, here.network, Factored, here.base.step.hidden_layers, here.x[index], bias,
+          matmul_mlp(warp, here.network, factored, here.base.step.hidden_layers, here.x[index], bias,
                      here.x[index]);
         });
         block.each([&](int thread) { write(turn, base, thread); });
@@ -129,10 +127,10 @@ struct MatmulPasses : Passes<Block, H, Lagged> {
       }
       if (columns) this->template write_column_sums<1>(w, turn, column_sums);
     }
-    if (!Lagged) return;
+    if (!lagged) return;
     if (rows) this->write_row_sums(w);
     float* out = this->scratch() + layout.feature_sums + int64_t(index) * kFeatures;
-    this->sum_threads(Factored ? int(kFactoredFeatures) : int(kFeatures),
+    this->sum_threads(r.factored ? int(kFactoredFeatures) : int(kFeatures),
                       [&](int f, float total) { out[f] = total; });
   }
 
@@ -159,7 +157,6 @@ struct MatmulPasses : Passes<Block, H, Lagged> {
   }
 
   // Moves a thread's parameter on, all but its value, and puts its features where the warp reads them.
-  template <bool Factored>
   LOPT_DEVICE void stage(int32_t turn, int32_t base, int thread, ColumnSums& column_sums, float& row_sum) {
     Own& own_here = *(&own + this->zero());
     Shared<H>& here = own_here.base;
@@ -167,13 +164,10 @@ struct MatmulPasses : Passes<Block, H, Lagged> {
     const TensorRecord& r = here.record;
     if (!inside(here.walk, turn, base, thread)) {  // any finite numbers, and a place that there is
       LOPT_UNROLL
-      for (int f = 0; f < (Factored ? int(kFactoredFeatures) : int(kFeatures)); ++f)
-        slot[f * kMatmulStride<H>] = 0;
-      if (Factored) {
-        const float* places = here.step.scratch + r.scratch;
-        own_here.place[0][thread] = places + here.layout.x_places;
-        own_here.place[1][thread] = places + here.layout.y_places;
-      }
+      for (int f = 0; f < kFeatures; ++f) slot[f * kMatmulStride<H>] = 0;
+      const float* places = here.step.scratch + r.scratch;
+      own_here.place[0][thread] = places + here.layout.x_places;
+      own_here.place[1][thread] = places + here.layout.y_places;
       return;
     }
     const int32_t row = base + Base::row_of(here.walk, thread);
@@ -181,28 +175,34 @@ struct MatmulPasses : Passes<Block, H, Lagged> {
                        column_of(here.walk, turn, thread);
     Inputs<1> in;
     read_inputs(r, at, in);
-    typename Base::template Factors<1> factors;
-    typename Base::template Scale<1, false> scale = {&factors, nullptr, {}, true};
-    if constexpr (Factored) {
-      const float* x = here.step.scratch + r.scratch + here.layout.x_places +
-                       (here.walk.tile.row + row) * here.matrix.per_row * place_floats(H);
-      if (here.matrix.per_row != 1) x += int64_t(here.x_in_row[0][thread]) * place_floats(H);
-      const float* y = Base::y_place(here, row, at);
-      Base::keep_factors(y, factors);
-      scale.x[0] = x;
-      own_here.place[0][thread] = x;
-      own_here.place[1][thread] = y;
-    }
     move_inputs(here.numbers, in);
     write_state(r, here.numbers, at, in);
-    if constexpr (Lagged) {
-      const float square = in.g[0] * in.g[0];
-      column_sums.v[0] += square;
-      row_sum += square;
-    }
-    features<1, Factored, true>(r, here.numbers, here.matrix.columns, at, in, scale,
-                                StageFeatures<H, Lagged>{slot, here.sums[0] + thread, here.network.limit});
+    const float square = in.g[0] * in.g[0];  // for lagged statistics
+    column_sums.v[0] += square;
+    row_sum += square;
     own_here.p[thread] = in.p[0];
+    if (!r.factored) return stage_features<false>(here, at, in, NoScale(), slot, thread);
+    typename Base::template Factors<1> factors;
+    const float* x = here.step.scratch + r.scratch + here.layout.x_places +
+                     (here.walk.tile.row + row) * here.matrix.per_row * place_floats(H);
+    if (here.matrix.per_row != 1) x += int64_t(here.x_in_row[0][thread]) * place_floats(H);
+    const float* y = Base::y_place(here, row, at);
+    Base::keep_factors(y, factors);
+    own_here.place[0][thread] = x;
+    own_here.place[1][thread] = y;
+    const typename Base::template Scale<1, false> scale = {&factors, nullptr, x, nullptr, true};
+    stage_features<true>(here, at, in, scale, slot, thread);
+  }
+  template <bool Factored, typename Scale>
+  LOPT_DEVICE static void stage_features(Shared<H>& here, int64_t at, const Inputs<1>& in, const Scale& scale,
+                                         float* slot, int thread) {
+    const auto stage = [&](const auto& to) {
+      features<1, Factored, true>(here.record, here.numbers, here.matrix.columns, at, in, scale, to);
+    };
+    if (here.step.lagged)
+      stage(StageFeatures<H, true>{slot, here.sums[0] + thread, here.network.limit});
+    else
+      stage(StageFeatures<H, false>{slot, nullptr, nullptr});
   }
 
   // Writes a thread's parameter, given the outputs of the network.

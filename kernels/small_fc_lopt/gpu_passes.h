@@ -326,26 +326,28 @@ LOPT_DEVICE void features(const TensorRecord& r, const Numbers& n, int64_t eleme
   factored(Index<2>{});
 }
 
-// What the code of a phase differs by, and call(Part) for the part that an item needs.
-template <int P, bool V, bool F>
+// What the code of a phase differs by, and call(Part) for the part that an item needs. `lagged` matters to
+// pass 3 alone.
+template <int P, bool V, bool F, bool L = false>
 struct Part {
   static constexpr int phase = P;
-  static constexpr bool vector = V, factored = F;
+  static constexpr bool vector = V, factored = F, lagged = L;
 };
-template <int Phase, bool Factored, typename Call>
+template <int Phase, bool Factored, bool Lagged = false, typename Call>
 LOPT_DEVICE void call_vector(const TensorRecord& r, Call call) {
   if (r.vector)
-    call(Part<Phase, true, Factored>{});
+    call(Part<Phase, true, Factored, Lagged>{});
   else
-    call(Part<Phase, false, Factored>{});
+    call(Part<Phase, false, Factored, Lagged>{});
 }
-template <int Phase, typename Call>
+template <int Phase, bool Lagged = false, typename Call>
 LOPT_DEVICE void call_any(const TensorRecord& r, Call call) {
   if (r.factored)
-    call_vector<Phase, true>(r, call);
+    call_vector<Phase, true, Lagged>(r, call);
   else
-    call_vector<Phase, false>(r, call);
+    call_vector<Phase, false, Lagged>(r, call);
 }
+// All phases but kApply.
 template <typename Call>
 LOPT_DEVICE void call_part(int32_t phase, const TensorRecord& r, Call call) {
   switch (phase) {
@@ -361,11 +363,30 @@ LOPT_DEVICE void call_part(int32_t phase, const TensorRecord& r, Call call) {
       return call_any<kFeatureSums>(r, call);
     case kNetwork:
       return call(Part<kNetwork, false, false>{});
-    case kApply:
-      return call_any<kApply>(r, call);
     default:
       return call(Part<kFinish, false, false>{});
   }
+}
+// kApply, element-wise.
+template <int H, bool Lagged, typename Call>
+LOPT_DEVICE void call_apply(const TensorRecord& r, Call call) {
+  if constexpr (kElements<H, Lagged> > 1)
+    call_any<kApply, Lagged>(r, call);
+  else if (r.factored)  // one element at a time, wherever rows begin
+    call(Part<kApply, false, true, Lagged>{});
+  else
+    call(Part<kApply, false, false, Lagged>{});
+}
+
+// The part that comes before the phase's own where `gathers` says so: sums of g^2 along the factored axes
+// that kFactorSums, lagged kApply, does not form on the way.
+using GatherPart = Part<kPhases, false, true>;
+template <int H>
+LOPT_DEVICE bool gathers(const Shared<H>& shared, int32_t phase) {
+  const TensorRecord& r = shared.record;
+  const bool lagged = shared.step.lagged;
+  const bool sums = phase == kApply ? lagged : phase == kFactorSums && (!lagged || shared.numbers.first);
+  return sums && r.factored && (several(r) || shared.matrix.per_row != 1);
 }
 
 // Makes the step, the tensor and its numbers known to the whole block.
@@ -407,8 +428,8 @@ LOPT_DEVICE void open_item(Block& block, Shared<H>& shared, const GpuLaunch& lau
   block.sync();
 }
 
-// One item. H: hidden units, padded to a power of two; Lagged: that of pass 3.
-template <class Block, int H, bool Lagged>
+// One item. H: hidden units, padded to a power of two; Lagged: that of the part.
+template <class Block, int H, bool Lagged = false>
 struct Passes {
   template <typename T>
   using Threads = typename Block::template Threads<T>;
@@ -434,7 +455,7 @@ struct Passes {
 
   // One item of a phase; `Vector` and `Factored` are the record's.
   template <int Phase, bool Vector, bool Factored>
-  LOPT_DEVICE void run(Part<Phase, Vector, Factored>, int32_t item) {
+  LOPT_DEVICE void run(Part<Phase, Vector, Factored, Lagged>, int32_t item) {
     if (shared.numbers.skip) return;
     constexpr int E = Vector ? 4 : 1;
     const bool first = shared.numbers.first;
@@ -453,6 +474,8 @@ struct Passes {
       feature_sums<!Factored && Vector ? 2 : E, Factored>(back);
     } else if constexpr (Phase == kNetwork) {
       network();
+    } else if constexpr (Phase == GatherPart::phase) {
+      gather_sums(item);
     } else if constexpr (Phase == kApply) {
       constexpr int kMost = kElements<H, Lagged>;
       apply < !Vector ? 1 : Factored || kMost<2 ? kMost : 2, Factored>(item);
@@ -550,9 +573,13 @@ struct Passes {
   template <int E, bool Staged>
   struct Scale {
     const Factors<E>* y;
-    const float* staged;  // factors, where they lie in shared memory
-    const float* x[E];    // places along x; where rows have one, x[0] alone
-    bool uniform;
+    const float* staged;     // factors, where they lie in shared memory
+    const float* x;          // first place along x of the row
+    const uint32_t* in_row;  // each element's place from there on, kThreads apart, in shared memory
+    bool uniform;            // rows have one place
+    LOPT_DEVICE const float* place(int i) const {
+      return global(x + int64_t(in_row[i * kThreads]) * place_floats(H));
+    }
     template <int K>
     LOPT_DEVICE void operator()(Index<K>, float (&out)[E]) const {
       if constexpr (Staged) {
@@ -562,12 +589,12 @@ struct Passes {
         for (int i = 0; i < E; ++i) out[i] = y->v[K][i];
       }
       if (uniform) {
-        const float factor = x[0][K];
+        const float factor = x[K];
         LOPT_UNROLL
         for (int i = 0; i < E; ++i) out[i] *= factor;
       } else {
         LOPT_UNROLL
-        for (int i = 0; i < E; ++i) out[i] *= x[i][K];
+        for (int i = 0; i < E; ++i) out[i] *= place(i)[K];
       }
     }
   };
@@ -582,17 +609,10 @@ struct Passes {
   LOPT_DEVICE static Scale<E, Staged> scale_at(const Shared<H>& here, int32_t row, int thread, int64_t at,
                                                Factors<E>& kept) {
     if (E == 1 && several(here.record)) keep_factors(y_place(here, row, at), kept);
-    Scale<E, Staged> scale = {&kept, nullptr, {}, here.matrix.per_row == 1};
-    if constexpr (Staged) scale.staged = staged<E>(here, H, thread);
     const float* x = global(here.step.scratch) + here.record.scratch + here.layout.x_places +
                      (here.walk.tile.row + row) * here.matrix.per_row * place_floats(H);
-    scale.x[0] = x;
-    if (!scale.uniform) {
-      LOPT_UNROLL
-      for (int i = 0; i < E; ++i)
-        scale.x[i] = global(x + int64_t(here.x_in_row[i][thread]) * place_floats(H));
-    }
-    return scale;
+    return {&kept, Staged ? staged<E>(here, H, thread) : nullptr, x, &here.x_in_row[0][thread],
+            here.matrix.per_row == 1};
   }
 
   // ---- sums over a block ----
@@ -717,8 +737,13 @@ struct Passes {
     g[0] *= shared.numbers.grad_scale;
     return g[0] * g[0];
   }
-  // The same sums, each place by a thread of its own: shapes in which rows hold several places along x, or
-  // tiles several batches. Reads the tile again, from the cache.
+  // The same sums, each place by a thread of its own: along x where rows hold several places, along both axes
+  // where tiles span several batches. Reads the tile on its own.
+  LOPT_DEVICE void gather_sums(int32_t index) {
+    const Tile tile = tile_at(r, index);
+    gather_x_sums(tile);
+    if (several(r)) gather_y_sums(tile);
+  }
   LOPT_DEVICE void gather_x_sums(const Tile& t) {
     const int64_t end = t.column + t.columns;
     const int32_t first = int32_t(t.column / m.run), last = int32_t((end - 1) / m.run);
@@ -755,10 +780,7 @@ struct Passes {
   LOPT_DEVICE void factor_sums(int32_t index) {
     constexpr int kRows = 4;  // rows read at once: loads in flight
     const Walk w = walk_of<E>(index);
-    if (E == 1 && several(r)) {
-      gather_y_sums(w.tile);
-      return gather_x_sums(w.tile);
-    }
+    if (E == 1 && several(r)) return;  // gathered
     const bool rows = m.per_row == 1;
     const int lanes = w.lanes.columns < kWarpLanes ? w.lanes.columns : kWarpLanes;
     for (int32_t turn = 0; turn < w.steps; ++turn) {
@@ -806,10 +828,7 @@ struct Passes {
       }
       write_column_sums<E>(w, turn, sums);
     }
-    if (rows)
-      write_row_sums(w);
-    else
-      gather_x_sums(w.tile);
+    if (rows) write_row_sums(w);
   }
 
   // ---- between passes 1 and 2: accumulators and factors ----
@@ -948,67 +967,81 @@ struct Passes {
       for (int j = thread; j < H; j += kThreads) shared.fold.b0[j] = x ? time_bias(j) : 0.0f;
     });
     block.sync();
-    if (!is_row(x)) return fold_places(x, axis, begin, end, out, [&](int, int64_t) { return 1.0f; });
-
-    // Rows: divided by their mean over the factored axis, the vector seen as [outer, length, inner].
+    // Rows are divided by their mean over the factored axis, the vector seen as [outer, length, inner].
     const int64_t length = x ? r.x : r.y, inner = x ? m.per_row : r.batch2, outer = length * inner;
-    if (length <= 32 || inner > 64)
-      return fold_places(x, axis, begin, end, out, [&](int k, int64_t place) {
-        const float* from = a + k * axis.size + place / outer * outer + place % inner;
-        double total = 0;
-        for (int64_t i = 0; i < length; ++i) total += double(from[i * inner]);
-        return float(total / double(length));
-      });
+    // Few of them are added up where they are needed, many by the whole block, for one `outer` at a time.
+    const bool row = is_row(x), together = row && length > 32 && inner <= 64;
     int32_t lanes = 1;
     while (lanes < inner) lanes *= 2;
     const int32_t parts = kThreads / lanes < 64 ? kThreads / lanes : 64;
-    for (int64_t o = begin / outer; o * outer < end; ++o) {
-      block.sync();
-      block.each([&](int thread) {
-        const int32_t lane = thread & (lanes - 1), part = thread / lanes;
-        if (lane >= inner || part >= parts) return;
-        const float* from = a + o * outer + lane;
-        double total[kFactored] = {};
-        for (int64_t i = part; i < length; i += parts) {
-          LOPT_UNROLL
-          for (int k = 0; k < kFactored; ++k) total[k] += double(from[k * axis.size + i * inner]);
-        }
-        LOPT_UNROLL
-        for (int k = 0; k < kFactored; ++k) shared.row_parts[k][thread] = total[k];
+    LOPT_NO_UNROLL
+    for (int64_t from = begin; from < end;) {
+      const int64_t o = from / outer, to = together ? smaller(end, (o + 1) * outer) : end;
+      if (together) row_means(a + o * outer, axis.size, length, int32_t(inner), lanes, parts);
+      fold_places(row, a, axis.size, from, to, out, [&](int k, int64_t place) {
+        if (together) return shared.mean[k][place % inner];
+        const float* first = a + k * axis.size + place / outer * outer + place % inner;
+        double total = 0;
+        LOPT_NO_UNROLL
+        for (int64_t i = 0; i < length; ++i) total += double(first[i * inner]);
+        return float(total / double(length));
       });
-      block.sync();
-      block.each([&](int thread) {
-        for (int i = thread; i < kFactored * int(inner); i += kThreads) {
-          const int k = i / int(inner), lane = i % int(inner);
-          double total = 0;
-          for (int part = 0; part < parts; ++part) total += shared.row_parts[k][part * lanes + lane];
-          shared.mean[k][lane] = float(total / double(length));
-        }
-      });
-      block.sync();
-      fold_places(x, axis, larger(begin, o * outer), smaller(end, (o + 1) * outer), out,
-                  [&](int k, int64_t place) { return shared.mean[k][place % inner]; });
+      from = to;
     }
   }
 
-  // Factors and biases of places begin .. end; mean(k, place) divides the rows.
-  template <typename Mean>
-  LOPT_DEVICE void fold_places(bool x, const Axis& axis, int64_t begin, int64_t end, float* out, Mean mean) {
-    const float* const a = accumulator(x);
-    constexpr int kQuads = (H < 4 ? 4 : H) / 4 + 1;
-    const bool row = is_row(x);
+  // shared.mean[k][lane]: of the `length` values from[k * size + i * inner + lane], with `parts` threads for
+  // each lane.
+  LOPT_DEVICE void row_means(const float* from, int64_t size, int64_t length, int32_t inner, int32_t lanes,
+                             int32_t parts) {
+    block.sync();
     block.each([&](int thread) {
+      const int32_t lane = thread & (lanes - 1), part = thread / lanes;
+      if (lane >= inner || part >= parts) return;
+      double total[kFactored] = {};
+      for (int64_t i = part; i < length; i += parts) {
+        LOPT_UNROLL
+        for (int k = 0; k < kFactored; ++k) total[k] += double(from[k * size + i * inner + lane]);
+      }
+      LOPT_UNROLL
+      for (int k = 0; k < kFactored; ++k) shared.row_parts[k][thread] = total[k];
+    });
+    block.sync();
+    block.each([&](int thread) {
+      for (int i = thread; i < kFactored * inner; i += kThreads) {
+        const int k = i / inner, lane = i % inner;
+        double total = 0;
+        LOPT_NO_UNROLL
+        for (int part = 0; part < parts; ++part) total += shared.row_parts[k][part * lanes + lane];
+        shared.mean[k][lane] = float(total / double(length));
+      }
+    });
+    block.sync();
+  }
+
+  // Factors and biases of places begin .. end of an axis with accumulators a[k * size + place]; mean(k,
+  // place) divides those of the rows.
+  template <typename Mean>
+  LOPT_DEVICE void fold_places(bool row, const float* a, int64_t size, int64_t begin, int64_t end, float* out,
+                               Mean mean) {
+    constexpr int kQuads = (H < 4 ? 4 : H) / 4 + 1;
+    block.each([&](int thread) {
+      LOPT_NO_UNROLL
       for (int64_t i = thread; i < (end - begin) * kQuads; i += kThreads) {
         const int64_t place = begin + i / kQuads;
         const int quad = int(i % kQuads);
         float value[kFactored], result[4] = {};
         LOPT_UNROLL
-        for (int k = 0; k < kFactored; ++k) value[k] = a[k * axis.size + place];
+        for (int k = 0; k < kFactored; ++k) value[k] = a[k * size + place];
         if (quad == 0) {
-          LOPT_UNROLL
+          LOPT_NO_UNROLL
           for (int k = 0; k < kFactored; ++k) {
-            const float relative = row ? value[k] / (mean(k, place) + float(kRowMeanEpsilon)) : value[k];
-            result[k] = inverse_root(at_least(float(kFactorFloor), relative));
+            const float accumulator = a[k * size + place];
+            const float relative =
+                row ? accumulator / (mean(k, place) + float(kRowMeanEpsilon)) : accumulator;
+            const float factor = inverse_root(at_least(float(kFactorFloor), relative));
+            LOPT_UNROLL
+            for (int q = 0; q < kFactored; ++q) result[q] = q == k ? factor : result[q];
           }
         } else {
           LOPT_UNROLL
@@ -1267,7 +1300,7 @@ struct Passes {
       for (int i = 0; i < E; ++i) a[j][i] = relu(a[j][i]);
     }
     if (step.hidden_layers == 2) {
-      constexpr int kUnroll = H <= 8 ? H : 1;
+      constexpr int kUnroll = H <= 4 ? H : H == 8 ? 2 : 1;
 #if defined(__CUDACC__)
 #pragma unroll kUnroll
 #endif
@@ -1338,10 +1371,6 @@ struct Passes {
         if (kStageSums)
           for (int f = 0; f < kFeatures; ++f) shared.staged[f * kThreads + thread] = 0;
       });
-      // Before anything is written: the output may be the gradient.
-      if (Factored && !rows) gather_x_sums(w.tile);
-      if (Factored && !columns) gather_y_sums(w.tile);
-      block.sync();
     }
     LOPT_NO_UNROLL
     for (int32_t turn = 0; turn < w.steps; ++turn) {
@@ -1446,14 +1475,15 @@ struct Passes {
         for (int i = 0; i < E; ++i) units[j][i] = net.b0[j];
       }
     }
-    Scale<E, Factored && kStageFactors && (E > 1)> scale = {&kept.factors, nullptr, {}, true};
+    constexpr bool kStaged = Factored && kStageFactors && E > 1;
+    Scale<E, kStaged> scale = {};
     if constexpr (Factored) {
-      scale = scale_at < E, kStageFactors && (E > 1) > (here, row, thread, at, kept.factors);
+      scale = scale_at<E, kStaged>(here, row, thread, at, kept.factors);
       if (scale.uniform) {
-        add_uniform_biases<E>(scale.x[0], units);
+        add_uniform_biases<E>(scale.x, units);
       } else {
         LOPT_UNROLL
-        for (int i = 0; i < E; ++i) add_biases<E>(scale.x[i], i, units);
+        for (int i = 0; i < E; ++i) add_biases<E>(scale.place(i), i, units);
       }
     }
     move_inputs(n, in);

@@ -2,7 +2,7 @@
 
 `timing` alternates and summarises, `workloads` says on what, `contenders` builds what is timed, `records` says on
 which machine and writes the JSON; one module for each subcommand (`update`, `passes`, `width`, `memory`, `peers`,
-`gpu`) puts them together, and `report` prints tables.
+`estimators`, `gpu`) puts them together, and `report` prints tables.
 """
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -17,8 +17,10 @@ from ..spec import Spec, SpecError, Statistics
 from . import (
     BenchmarkError,
     contenders,
+    estimators,
     gpu,
     memory,
+    meta,
     passes,
     peers,
     predict,
@@ -130,6 +132,14 @@ def _finish(
     return record
 
 
+def _plot(draw: Callable[[Mapping[str, Any], Path], None], record: Mapping[str, Any], target: Path) -> None:
+    try:
+        draw(record, target)
+        typer.echo(f"plot: {target}")
+    except ImportError as error:
+        raise BenchmarkError(f"the plot needs matplotlib ({error}): install lopt_fast[plot]") from error
+
+
 def _load() -> float | None:
     """Load average before the run; says so where something else is running."""
     if not hasattr(os, "getloadavg"):
@@ -233,12 +243,7 @@ def width_command(
         record = _finish(
             "width", results, config, {"backend": config.backend, "dtype": "float32"}, load, json
         )
-        target = plot or (json.with_suffix(".png") if json else Path("width.png"))
-        try:
-            width.plot(record, target)
-            typer.echo(f"plot: {target}")
-        except ImportError as error:
-            raise BenchmarkError(f"the plot needs matplotlib ({error}): install lopt_fast[plot]") from error
+        _plot(width.plot, record, plot or (json.with_suffix(".png") if json else Path("width.png")))
 
 
 @app.command("memory")
@@ -293,6 +298,55 @@ def peers_command(
             say=_say,
         )
         _finish("peers", results, config, {"backend": config.backend, "dtype": "float32"}, load, json)
+
+
+@app.command("meta")
+def meta_command(
+    pairs: Annotated[str, typer.Option(help="Antithetic pairs, by commas.")] = "8",
+    devices: Annotated[
+        str | None, typer.Option(help="Numbers of devices, by commas; default: 1 and one for each core.")
+    ] = None,
+    truncation: Annotated[int, typer.Option(min=1, help="Inner steps of a truncation.")] = 50,
+    seconds: Annotated[float, typer.Option(min=0, help="How long each row is measured.")] = 10.0,
+    json: Json = None,
+) -> None:
+    """Meta-training: inner steps a second and seconds to compile."""
+    with _errors():
+        config = _config(None)
+        load = _load()
+        counts = _list("--devices", devices or ",".join(map(str, sorted({1, config.threads}))), int)
+        results = meta.run(_list("--pairs", pairs, int), counts, truncation, seconds, _say)
+        _finish("meta", results, config, {"truncation": truncation}, load, json)
+
+
+@app.command("estimators")
+def estimators_command(
+    estimator: Annotated[str, typer.Option(help="Names by commas; full_es is always there.")] = ",".join(
+        estimators.ESTIMATORS
+    ),
+    truncations: Annotated[
+        str, typer.Option(help="Inner steps between outer steps, by commas.")
+    ] = "10,25,50",
+    unroll: Annotated[int, typer.Option(help="Inner steps of an unroll.")] = 200,
+    pairs: Annotated[int, typer.Option(help="Antithetic pairs for each estimator and truncation.")] = 512,
+    std: Annotated[float, typer.Option(help="Standard deviation of the perturbations.")] = 0.01,
+    checkpoint: Annotated[str, typer.Option(help="Meta-parameters: a name or a path.")] = "small_fc_lopt",
+    seed: Annotated[int, typer.Option(help="Of perturbations, networks and batches.")] = 0,
+    threads: Threads = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="PNG; by default beside --json, or estimators.png.")
+    ] = None,
+    json: Json = None,
+) -> None:
+    """Variance of the meta-gradient per inner step: full and truncated ES, PES, noise reuse. No times are taken."""
+    with _errors():
+        config = _config(threads)
+        problem = estimators.Problem(unroll=unroll, pairs=pairs, std=std, checkpoint=checkpoint, seed=seed)
+        results = estimators.run(
+            _list("--estimator", estimator, str), _list("--truncations", truncations, int), problem, _say
+        )
+        record = _finish("estimators", results, config, asdict(problem), None, json)
+        _plot(estimators.plot, record, plot or (json.with_suffix(".png") if json else Path("estimators.png")))
 
 
 @app.command("gpu")

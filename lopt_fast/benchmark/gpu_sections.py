@@ -434,45 +434,35 @@ def _jax_platform(run: Run) -> str | None:
 
 def pes(run: Run) -> None:
     """Throughput of the meta-training loop by population: MLP 64-32-10, batch 128."""
-    if _jax_platform(run) is None:
+    platform = _jax_platform(run)
+    if platform is None:
         return
     import jax
 
-    from ..meta import train
-    from ..meta.tasks import Dataset
+    from ..meta.throughput import noise_loop
 
-    rng = np.random.default_rng(0)
-    images = Dataset(
-        "noise",
-        rng.standard_normal((1024, 8, 8)).astype(np.float32),
-        rng.integers(0, 10, 1024).astype(np.int32),
-    )
     for pairs in run.scaled(POPULATIONS, (2,)):
         workload = f"PES, {pairs} pairs"
         if run.over():
             run.skip(workload, "out of time")
             continue
         run.say(f"pes: {workload}")
-        config = train.MetaTrainConfig(
-            datasets=("digits",), loss_weights=(1.0,), pairs=pairs, truncation=run.scaled(50, 2)
-        )
         try:
-            tasks = train.make_tasks(config, [images])
-            state, step = train.init_outer_state(config, tasks), train.make_outer_step(config, tasks)
+            loop, state = noise_loop(pairs, run.scaled(50, 2), jax.devices(platform)[:1])
             start = time.perf_counter()
-            state, _ = jax.block_until_ready(step(state))
+            state, _ = jax.block_until_ready(loop.step(state, loop.data))
             compile_seconds = time.perf_counter() - start
             samples: list[float] = []
             until = time.perf_counter() + run.scaled(2.0, 0.0)
             while len(samples) < 3 or (time.perf_counter() < until and len(samples) < 50):
                 start = time.perf_counter()
-                state, _ = jax.block_until_ready(step(state))
+                state, _ = jax.block_until_ready(loop.step(state, loop.data))
                 samples.append(time.perf_counter() - start)
         except Exception as error:
             run.skip(workload, f"{type(error).__name__}: {str(error).splitlines()[0]}")
             continue
         seconds = timing.summarise(samples)
-        inner = 2 * pairs * config.truncation
+        inner = loop.inner_steps
         parameters = 64 * 32 + 32 + 32 * 10 + 10
         run.emit(
             {
@@ -480,9 +470,9 @@ def pes(run: Run) -> None:
                     "section": "pes",
                     "workload": workload,
                     "parameters": inner * parameters,
-                    "contender": f"outer step, {config.truncation} inner steps",
-                    "width": config.spec.hidden_size,
-                    "statistics": config.spec.statistics,
+                    "contender": f"outer step, {inner // (2 * pairs)} inner steps",
+                    "width": loop.config.spec.hidden_size,
+                    "statistics": loop.config.spec.statistics,
                     "seconds": seconds.to_dict(),
                     "burst": 1,
                     "ns_per_parameter": seconds.median / (inner * parameters) * 1e9,

@@ -219,6 +219,57 @@ def gpu(record: Record) -> str:
     return "\n\n".join([*parts, described])
 
 
+def estimators(record: Record) -> str:
+    """Variances of the meta-gradient at equal inner steps, relative to full ES; the bias relative to the gradient."""
+    header = ["estimator", "truncation", "variance, one outer step", "variance, outer steps of an unroll"]
+    header += ["bias", "noise to signal, one pair"]
+    rows = []
+    for r in record["results"]:
+        signal, bias = r["signal"], r["bias"]
+        known = signal > 0  # both are estimates, which noise can make negative
+        shown = (
+            ""
+            if bias is None
+            else f"{100 * (bias / signal) ** 0.5:.0f}%"
+            if known and bias > 0
+            else "not seen"
+        )
+        rows.append(
+            [
+                r["estimator"],
+                str(r["truncation"]),
+                *(
+                    f"{digits(v['value'])} ± {digits(v['standard_error'])}"
+                    for v in (r["outer_step_vs_full_es"], r["unroll_vs_full_es"])
+                ),
+                shown,
+                digits(r["variances"][0] / signal) if known else "",
+            ]
+        )
+    note = (
+        "Variances at equal inner steps, relative to full ES, with standard errors. Bias: its norm relative to that of "
+        "the gradient. Noise to signal: variance of one outer step over the squared norm of the gradient."
+    )
+    return f"{table(header, rows)}\n\n{note}"
+
+
+def meta(record: Record) -> str:
+    """Throughput of the meta-training loop by population and number of devices."""
+    header = ["antithetic pairs", "devices", "inner steps/s", "outer step", "compilation"]
+    rows = [
+        [
+            str(r["pairs"]), str(r["devices"]), f"{r['inner_steps_per_second']:,.0f}",
+            seconds(r["outer_step"]["median"]), f"{r['compile_seconds']:.1f} s",
+        ]
+        for r in record["results"]
+    ]  # fmt: skip
+    note = (
+        "MLP 64-32-10, batch 128, `small_fc_lopt` of width 4, PES. Both networks of a pair count. Compilation: from "
+        "nothing to the end of the first outer step."
+    )
+    return f"{table(header, rows)}\n\n{note}"
+
+
 def render(record: Record) -> str:
     """The record's tables, then where they come from."""
     kind = record["benchmark"]
@@ -228,6 +279,10 @@ def render(record: Record) -> str:
         body = memory(record)
     elif kind == "gpu":
         body = gpu(record)
+    elif kind == "estimators":
+        body = estimators(record)
+    elif kind == "meta":
+        body = meta(record)
     else:
         body = comparisons(record)
         if kind == "update":

@@ -82,15 +82,16 @@ def _functions(problem: Problem) -> tuple[Callable[..., Params], Callable[..., j
             return sum((0.5 * (h * (p - t) ** 2).sum() for p, h, t in terms), jnp.zeros(()))
 
         return lambda key: [jnp.zeros(t.shape) for t in problem.targets], loss
+    task: tasks.Task
     if isinstance(problem, TextProblem):
-        task = tasks.byte_transformer(
-            problem.text[: problem.context + 2], problem.name, problem.width, problem.layers, problem.heads,
-            problem.context,
-        )  # fmt: skip
+        shown = tasks.Text(problem.name, problem.text[: problem.context + 1])  # batches are drawn here
+        task = tasks.Transformer(
+            [shown], width=problem.width, layers=problem.layers, heads=problem.heads, context=problem.context
+        )
     else:
-        shown = tasks.Dataset(problem.name, problem.images[:1], problem.labels[:1])  # batches are drawn here
-        make = tasks.conv_classifier if problem.convolutions else tasks.mlp_classifier
-        task = make([shown], problem.hidden)
-    if isinstance(problem, TextProblem) or problem.convolutions:
-        return task.init, task.loss
-    return task.init, lambda params, batch: task.loss(params, (batch[0].reshape(len(batch[0]), -1), batch[1]))
+        images = [tasks.Dataset(problem.name, problem.images[:1], problem.labels[:1])]
+        if problem.convolutions:
+            task = tasks.Conv(images, channels=problem.hidden, strides=[2] * len(problem.hidden))
+        else:
+            task = tasks.MLP(images, hidden=problem.hidden)
+    return task.init, task.loss
