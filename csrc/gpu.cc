@@ -170,8 +170,7 @@ struct Work {
 };
 
 // Width from which on `automatic` takes the tensor cores: wider than any. They are predicted to be faster
-// from 16 on (kernels/small_fc_lopt/GPU.md), but nothing is measured, and on the golden trajectory of width
-// 16 the update of a tensor of one element, whose terms cancel, is off by 1.2 times what is allowed.
+// from 16 on (kernels/small_fc_lopt/GPU.md), but nothing is measured.
 constexpr int32_t kMatmulFrom = 128;
 
 // Tensor cores know tf32 and bfloat16 from compute capability 8.0 on. Networks of 64 units take up to 137 KiB

@@ -22,9 +22,10 @@ jnp = jax.numpy
 import lopt_fast  # noqa: E402
 import lopt_fast.jax  # noqa: E402
 from lopt_fast.cli import app  # noqa: E402
-from lopt_fast.meta import comparison, curves, devices, eval_choices, evaluate, tuning  # noqa: E402
-from lopt_fast.meta.baselines import BASELINES, Baseline, NAdamW, describe, draw_nadamw, nadamw  # noqa: E402
-from lopt_fast.meta.study import Learned, Plan, TaskSource  # noqa: E402
+from lopt_fast.meta import devices  # noqa: E402
+from lopt_fast.meta.evaluation import choices, comparison, curves, evaluate, tuning  # noqa: E402
+from lopt_fast.meta.evaluation.baselines import BASELINES, Baseline, NAdamW, describe, draw_nadamw, nadamw  # noqa: E402
+from lopt_fast.meta.evaluation.study import Learned, Plan, TaskSource  # noqa: E402
 from lopt_fast.meta.tasks import Task  # noqa: E402
 
 CASES = ("cosine", "cosine_nowarm", "default", "wd")
@@ -171,7 +172,7 @@ def test_curves_do_not_depend_on_the_number_of_devices(adam: evaluate.Simulator)
     code = (
         "import sys; sys.path.insert(0, 'tests')\n"
         "from lopt_fast.meta import devices; devices.setup(int(sys.argv[1]))\n"
-        "import jax, optax; from lopt_fast.meta import evaluate; from test_meta_evaluate import Line\n"
+        "import jax, optax; from lopt_fast.meta.evaluation import evaluate; from test_meta_evaluate import Line\n"
         "assert jax.local_device_count() == int(sys.argv[1])\n"
         "losses = evaluate.training_losses(optax.adam, [0.01, 0.1], Line(), 0, 20, 3)\n"
         "print(' '.join(f'{x:.9g}' for x in losses.ravel()))\n"
@@ -389,7 +390,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict
         run / "best.safetensors"
     )
     command = f"""eval small_fc_lopt_rms {run} --tasks {folder}/tasks.toml --steps 20 --horizons 1,2 --seeds 2
-        --rates 3 --draws 3 --baselines adam,nadamw --statistics both --spike 30 --timing
+        --rates 3 --draws 3 --baselines adam,nadamw,adam_default --statistics both --spike 30 --timing
         --cache {folder}/cache --out {folder}/out
         --json {folder}/numbers.json"""
     result = CliRunner().invoke(app, command.split())
@@ -418,7 +419,8 @@ def test_command_numbers(evaluated: tuple[Path, str, dict[str, Any]]) -> None:
     }
     for c in found["comparisons"]:
         rows = {r["optimizer"]: r for r in c["optimizers"]}
-        assert set(rows) == {*learned, "Adam", "NAdamW"}
+        assert set(rows) == {*learned, "Adam", "NAdamW", "Adam, untuned"}
+        assert rows["Adam, untuned"]["hyperparameters"] == {"learning_rate": 1e-3}
         assert c["winner"] == min(rows, key=lambda name: rows[name]["mean_loss"])
         adam = rows["Adam"]
         assert adam["relative_to_adam"] == 1
@@ -440,7 +442,7 @@ def test_command_numbers(evaluated: tuple[Path, str, dict[str, Any]]) -> None:
     for label, row in zip(transfer["rows"], transfer["relative"], strict=True):
         for c, value in zip(first.values(), row, strict=True):
             assert next(r["relative_to_adam"] for r in c["optimizers"] if r["optimizer"] == label) == value
-    assert len(found["spikes"]) == 2 * 6
+    assert len(found["spikes"]) == 2 * 7
     assert all(s["step"] == 10 and s["damage"] is not None for s in found["spikes"])
 
 
@@ -485,7 +487,7 @@ def test_command_refuses(tmp_path: Path, arguments: str, message: str) -> None:
 def test_tasks_of_a_file(tmp_path: Path) -> None:
     held_out = f"[[held_out]]\nkind = '{Path(__file__)}:Other'\nvariants = ['a', 'b']\n"
     (tmp_path / "tasks.toml").write_text(TASKS + held_out)
-    sources = eval_choices.read_tasks(tmp_path / "tasks.toml", ["quadratic"], {})
+    sources = choices.read_tasks(tmp_path / "tasks.toml", ["quadratic"], {})
     assert [s.task.name.partition("_")[0] for s in sources] == ["quadratic", "line", "other"]
     assert sources[1].task.reparametrisation is None
     assert sources[2].task.variants == ("a", "b")
@@ -493,7 +495,7 @@ def test_tasks_of_a_file(tmp_path: Path) -> None:
 
 
 def test_default_tasks_can_be_made() -> None:
-    sources = eval_choices.read_tasks(None, [], {})
-    assert len(sources) == len(eval_choices.DEFAULT_TASKS) == len({s.task.name for s in sources})
+    sources = choices.read_tasks(None, [], {})
+    assert len(sources) == len(choices.DEFAULT_TASKS) == len({s.task.name for s in sources})
     for source in sources:
-        assert source.options["kind"] in eval_choices.DEFAULT_TASKS
+        assert source.options["kind"] in choices.DEFAULT_TASKS

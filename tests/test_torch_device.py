@@ -36,7 +36,8 @@ from test_torch import (  # noqa: E402
     snapshot,
     values,
 )
-from test_torch_golden import SHORT, needs_golden  # noqa: E402
+from test_torch_golden import FILES, SHORT, needs_golden  # noqa: E402
+from test_torch_golden import check as check_golden  # noqa: E402
 
 from lopt_fast import backends, reference  # noqa: E402
 from lopt_fast.checkpoint import Checkpoint  # noqa: E402
@@ -90,6 +91,14 @@ def test_golden_files(backend: str, path: Any) -> None:
     assert report.backend == "emulator"
     assert report.rows
     assert all(row.passed and row.error <= row.tolerance for row in report.rows), report.rows
+
+
+@needs_golden
+@pytest.mark.parametrize("name", ["adafac_h16", "adafac_h32", "adafac_h8_negdecay"])
+def test_golden_files_on_tensor_cores(backend: str, name: str) -> None:
+    """Tensors of few elements, whose terms may cancel, are the hardest."""
+    path = next(f for f in FILES if f.stem == name)
+    check_golden(path, "auto", "float32", largest=200, mlp="matmul")
 
 
 @pytest.mark.parametrize("schedule", ["single_launch", "phased"])

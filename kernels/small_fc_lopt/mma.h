@@ -73,6 +73,7 @@ struct Weights<true> {
 };
 
 constexpr float kLargest = 3.402823466e38f;
+constexpr float kLargestTf32 = 3.401162134e38f;  // 0x7f7fe000: rounds to itself
 constexpr uint32_t kTf32Bits = 0xffffe000u;
 
 // x cut to tf32.
@@ -107,7 +108,9 @@ LOPT_DEVICE void to_operand(const Slice& x, bool, Operand<true>& to) {
 LOPT_DEVICE void to_weights(const float (&w)[2], Weights<false>& to) {
   LOPT_UNROLL
   for (int i = 0; i < 2; ++i) {
-    to.hi[i] = cut(at_most(kLargest, at_least(-kLargest, w[i])));
+    // Rounded, not cut: lo has either sign, so that the products of two low parts, which are left out, do not add up.
+    const float bounded = at_most(kLargestTf32, at_least(-kLargestTf32, w[i]));
+    to.hi[i] = bounded == bounded ? nearest(bounded) : bounded;
     to.lo[i] = nearest(w[i] - to.hi[i]);
   }
 }

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from ..checkpoint import Checkpoint
 from . import devices
 from .config import MetaTrainConfig, TaskTable
-from .evaluate import Evaluator, Result, held_out_score
+from .evaluation.evaluate import Evaluator, Result, held_out_score
 from .outer import Metrics, OuterLoop, OuterState, initial_theta
 from .store import Progress, RunError, RunFolder
 from .tasks import make as make_task

@@ -11,15 +11,15 @@ import jax
 import numpy as np
 import optax
 
-from ..jax import learned_optimizer
-from ..spec import Spec
+from ...jax import learned_optimizer
+from ...spec import Spec
+from ..tasks.base import Task
+from ..unroll import unroll
 from .baselines import BASELINES, Baseline
 from .curves import clipped, standard_error, steps_to
 from .evaluate import Report, Simulator, fresh, summarise
 from .study import Comparison, Learned, Plan, Row, Spike, Study, TaskSource
-from .tasks.base import Task
 from .tuning import Cache, Tuned, tune
-from .unroll import unroll
 
 Started: TypeAlias = Callable[[str, int], Report]
 """(what, inner steps of all simulations) -> what is called with the number of inner steps as they are made."""
@@ -76,7 +76,7 @@ def _compare_on(
             add(simulator, {(n, v): _learned_row(o, losses[v, :, :n], task, v, seconds) for n, v in rows})
     for baseline in (BASELINES[name] for name in plan.baselines):
         simulator = Simulator(baseline.make, task, spikes=plan.spike is not None)
-        count = plan.rates if baseline.range else plan.draws
+        count = len(baseline.settings(lengths[-1], plan.rates, plan.draws))
         total = count * len(variants) * plan.seeds * (lengths[-1] if baseline.range else sum(lengths))
         report = started(f"{task.name}: {baseline.label}", total)
         tuned = tune(

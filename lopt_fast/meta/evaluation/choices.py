@@ -9,12 +9,12 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ..checkpoint import load
-from ..spec import Statistics
+from ...checkpoint import load
+from ...spec import Statistics
+from ..config import MetaTrainConfig, TaskTable
+from ..tasks import make
 from .baselines import BASELINES
-from .config import MetaTrainConfig, TaskTable
 from .study import Learned, TaskSource
-from .tasks import make
 
 DEFAULT_TASKS: dict[str, dict[str, Any]] = {
     "mlp": {},

@@ -19,11 +19,11 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ..spec import Spec
-from . import devices as local
+from ...spec import Spec
+from .. import devices as local
+from ..tasks.base import Data, Task
+from ..unroll import InnerState, MakeOptimizer, Theta, inner_optimizer, inner_step, sampler, start, unroll
 from .curves import clipped, is_clipped, last, standard_error
-from .tasks.base import Data, Task
-from .unroll import InnerState, MakeOptimizer, Theta, inner_optimizer, inner_step, sampler, start, unroll
 
 FIRST_SEED = 1_000_000
 """Evaluation seeds are counted from here."""

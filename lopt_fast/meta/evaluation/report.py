@@ -13,8 +13,8 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from ..files import write_atomically
-from ..training.report import write_json
+from ...files import write_atomically
+from ...training.report import write_json
 from .curves import clipped, smoothed
 from .study import Comparison, Learned, Row, Spike, Study
 
@@ -246,13 +246,13 @@ def save(study: Study, folder: Path) -> tuple[list[Path], str | None]:
         import matplotlib  # noqa: F401
     except ImportError as error:
         return written, f"no plots: matplotlib cannot be imported ({error}): pip install 'lopt-fast[plot]'"
-    from . import eval_plots
+    from . import plots
 
     for c in study.comparisons:
         written.append(folder / (re.sub(r"[^\w.-]+", "_", f"{c.task}_{c.dataset}_{c.steps}") + ".png"))
-        write_atomically(written[-1], eval_plots.curves(c))
+        write_atomically(written[-1], plots.curves(c))
     matrix = study.transfer()
     if matrix is not None and len({o.name for o in study.learned}) > 1:
         written.append(folder / "transfer.png")
-        write_atomically(written[-1], eval_plots.transfer(study, *matrix))
+        write_atomically(written[-1], plots.transfer(study, *matrix))
     return written, None

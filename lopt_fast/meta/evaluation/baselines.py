@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from .unroll import MakeOptimizer
+from ..unroll import MakeOptimizer
 
 
 class NAdamW(NamedTuple):
@@ -128,9 +128,13 @@ class Baseline:
     make: MakeOptimizer
     range: tuple[float, float] | None
     """Smallest and largest learning rate, where that is all there is to tune; None: draws from NAdamW's space."""
+    untuned: float | None = None
+    """The one learning rate that is tried, instead."""
 
     def settings(self, num_steps: int, rates: int, draws: int) -> list[Any]:
         """What is tried for training runs of `num_steps`: `rates` learning rates, or `draws` draws."""
+        if self.untuned is not None:
+            return [self.untuned]
         if self.range is None:
             return list(draw_nadamw(draws, num_steps))
         return [float(x) for x in np.geomspace(*self.range, rates)]
@@ -154,6 +158,7 @@ BASELINES: dict[str, Baseline] = {
     "sgdm": Baseline("sgdm", "SGD, momentum 0.9", partial(optax.sgd, momentum=0.9), (1e-3, 3.0)),
     "adam": Baseline("adam", "Adam", optax.adam, (1e-4, 0.3)),
     "nadamw": Baseline("nadamw", "NAdamW", nadamw, None),
+    "adam_default": Baseline("adam_default", "Adam, untuned", optax.adam, None, untuned=1e-3),
 }
 
 

@@ -18,12 +18,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from .. import __version__
-from ..files import write_atomically
+from ... import __version__
+from ...files import write_atomically
+from ..tasks.base import Task
 from .baselines import Baseline, NAdamW, describe
 from .curves import LOSS_CLIP, clipped
 from .evaluate import FIRST_SEED, Report, Simulator
-from .tasks.base import Task
 
 _EXTENSIONS = 3  # how often the range of learning rates is widened at an end where the best one lies
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoint import Checkpoint
-from ..spec import Spec, Statistics
+from ...checkpoint import Checkpoint
+from ...spec import Spec, Statistics
+from ..tasks.base import Task
 from .baselines import BASELINES, describe
 from .evaluate import Result
-from .tasks.base import Task
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Plan:
     horizons: tuple[int, ...] = (1,)
     """Multiples of `steps` at which they are compared."""
     seeds: int = 5
-    baselines: tuple[str, ...] = tuple(BASELINES)
+    baselines: tuple[str, ...] = ("sgdm", "adam", "nadamw")
     rates: int = 15
     """Learning rates to tune SGD and Adam with."""
     draws: int = 50
