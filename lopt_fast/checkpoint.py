@@ -32,7 +32,7 @@ _KEY = "lopt_fast"
 FORMAT_VERSION = 1
 SUFFIX = ".safetensors"
 ARCHITECTURES: tuple[str, ...] = (small_fc_lopt.NAME,)
-DEFAULT_NAME = "small_fc_lopt_rms"
+DEFAULT_NAME = "small_fc_lopt_mix"
 
 _WEIGHTS = Path(__file__).parent / "weights"
 _RESAVE = "Save it again with lopt_fast.Checkpoint.save, or take another copy of the file."

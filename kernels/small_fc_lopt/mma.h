@@ -108,7 +108,8 @@ LOPT_DEVICE void to_operand(const Slice& x, bool, Operand<true>& to) {
 LOPT_DEVICE void to_weights(const float (&w)[2], Weights<false>& to) {
   LOPT_UNROLL
   for (int i = 0; i < 2; ++i) {
-    // Rounded, not cut: lo has either sign, so that the products of two low parts, which are left out, do not add up.
+    // Rounded, not cut: lo has either sign, so that the products of two low parts, which are left out, do not
+    // add up.
     const float bounded = at_most(kLargestTf32, at_least(-kLargestTf32, w[i]));
     to.hi[i] = bounded == bounded ? nearest(bounded) : bounded;
     to.lo[i] = nearest(w[i] - to.hi[i]);
