@@ -494,6 +494,15 @@ def test_tasks_of_a_file(tmp_path: Path) -> None:
     assert dict(sources[2].options) == {"kind": f"{Path(__file__)}:Other", "variants": ["a", "b"]}
 
 
+def test_paths_in_a_file_are_relative_to_it(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from lopt_fast.meta.tasks import Quadratic\nclass Mine(Quadratic):\n    pass\n"
+    )
+    (tmp_path / "tasks.toml").write_text('[[task]]\nkind = "mine.py:Mine"\n')
+    (source,) = choices.read_tasks(tmp_path / "tasks.toml", [], {})
+    assert source.options["kind"] == f"{tmp_path}/mine.py:Mine"
+
+
 def test_default_tasks_can_be_made() -> None:
     sources = choices.read_tasks(None, [], {})
     assert len(sources) == len(choices.DEFAULT_TASKS) == len({s.task.name for s in sources})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,7 +56,7 @@ def meta_train(
         if config is None or out is None:
             raise typer.BadParameter("give CONFIG.toml and --out DIR, or --explain")
         finished, numbers = _run(
-            config, out, resume, _sources(data), console, (devices, coordinator, processes, process_id)
+            config, out, resume, data, console, (devices, coordinator, processes, process_id)
         )
         if json is not None and process_id == 0:
             from ..training.report import write_json
@@ -77,14 +76,14 @@ def _run(
     config_path: Path,
     out: Path,
     resume: bool,
-    sources: Mapping[str, str],
+    data: list[str],
     console: Console,
     where: tuple[int | None, str | None, int, int],
 ) -> tuple[bool, dict[str, Any]]:
     from . import devices
-    from .config import read
+    from .config import read, read_sources
 
-    config = read(config_path)
+    config, sources = read(config_path), read_sources(data)
     devices.setup(*where)
     with devices.guard():
         from .observers import watching
@@ -135,16 +134,6 @@ def _finish(config_path: Path, out: Path, outcome: Any, console: Console) -> Non
             else ""
         )
         console.print(f"wrote {path}{note}", markup=False)
-
-
-def _sources(pairs: list[str]) -> dict[str, str]:
-    out = {}
-    for item in pairs:
-        name, equals, path = item.partition("=")
-        if not (name and equals and path):
-            raise typer.BadParameter(f"--data {item}: give NAME=PATH")
-        out[name] = path
-    return out
 
 
 def _refusals() -> tuple[type[Exception], ...]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -200,6 +201,13 @@ class TaskTable(BaseModel):
         """The task's own options."""
         return dict(self.model_extra or {})
 
+    def beside(self, file: Path) -> TaskTable:
+        """The same with the path of a class of the user's own relative to the folder of `file`."""
+        where, colon, name = self.kind.rpartition(":")
+        if not where.endswith(".py"):
+            return self
+        return self.model_copy(update={"kind": beside(file, where) + colon + name})
+
 
 class EvaluationTable(_Table):
     """Evaluation during the run; the best checkpoint by the held-out score is kept."""
@@ -289,22 +297,29 @@ def read(path: Path) -> MetaTrainConfig:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not a text file: {error}") from None
 
-    def found(where: str) -> str:
-        return str((path.parent / Path(where).expanduser()).resolve())
-
-    def task(table: TaskTable) -> TaskTable:
-        file, colon, name = table.kind.rpartition(":")
-        return (
-            table.model_copy(update={"kind": found(file) + colon + name}) if file.endswith(".py") else table
-        )
-
     return config.model_copy(
         update={
-            "data": {name: found(where) for name, where in config.data.items()},
-            "task": tuple(map(task, config.task)),
-            "held_out": tuple(map(task, config.held_out)),
+            "data": {name: beside(path, where) for name, where in config.data.items()},
+            "task": tuple(table.beside(path) for table in config.task),
+            "held_out": tuple(table.beside(path) for table in config.held_out),
         }
     )
+
+
+def beside(file: Path, where: str) -> str:
+    """A path in `file`, which is relative to its folder, made absolute."""
+    return str((file.parent / Path(where).expanduser()).resolve())
+
+
+def read_sources(pairs: Sequence[str]) -> dict[str, str]:
+    """Where data sets lie, from NAME=PATH each. Raises ConfigError."""
+    out = {}
+    for item in pairs:
+        name, equals, path = item.partition("=")
+        if not (name and equals and path):
+            raise ConfigError(f"--data {item}: give NAME=PATH")
+        out[name] = path
+    return out
 
 
 def explain() -> str:

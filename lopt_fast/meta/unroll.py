@@ -40,12 +40,13 @@ def inner_optimizer(spec: Spec, theta: Theta) -> optax.GradientTransformation:
 def start(task: Task, optimizer: optax.GradientTransformation, key: Key) -> InnerState:
     """A freshly initialised network."""
     init_key, scale_key = jax.random.split(key)
-    # Without weak types: the state after a step has none, and would be compiled for again.
-    params, scale = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), task.init(init_key)), None
+    params, scale = task.init(init_key), None
     if task.reparametrisation is not None:
         scale = task.reparametrisation.sample(scale_key, params)
         params = jax.tree.map(jnp.divide, params, scale)
-    return InnerState(params, optimizer.init(params), jnp.zeros((), jnp.int32), jnp.zeros((), bool), scale)
+    state = InnerState(params, optimizer.init(params), jnp.zeros((), jnp.int32), jnp.zeros((), bool), scale)
+    # Without weak types: the state after a step has none, and would be compiled for again.
+    return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), state)
 
 
 def sampler(task: Task, data: Data, variant: jax.Array) -> Callable[[Key], Batch]:

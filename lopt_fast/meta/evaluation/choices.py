@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ...checkpoint import load
 from ...spec import Statistics
-from ..config import MetaTrainConfig, TaskTable
+from ..config import MetaTrainConfig, TaskTable, beside
 from ..tasks import make
 from .baselines import BASELINES
 from .study import Learned, TaskSource
@@ -79,11 +79,8 @@ def read_tasks(file: Path | None, kinds: Sequence[str], paths: Mapping[str, str]
     found = dict(paths)
     if file is not None:
         tasks = _read(file)
-        found = {
-            **{k: str((file.parent / Path(v).expanduser()).resolve()) for k, v in tasks.data.items()},
-            **found,
-        }
-        tables += [(t.kind, t.options) for t in (*tasks.task, *tasks.held_out)]
+        found = {**{name: beside(file, where) for name, where in tasks.data.items()}, **found}
+        tables += [(t.beside(file).kind, t.options) for t in (*tasks.task, *tasks.held_out)]
     folders = {name: Path(path) for name, path in found.items()}
     return [
         TaskSource(make(kind, options, folders), {"kind": kind, **options})
@@ -98,17 +95,6 @@ def read_baselines(text: str) -> tuple[str, ...]:
         if name not in BASELINES:
             raise EvaluationError(f"unknown baseline {name!r}: must be among {', '.join(BASELINES)}")
     return names
-
-
-def read_paths(pairs: Sequence[str]) -> dict[str, str]:
-    """From NAME=PATH. Raises EvaluationError."""
-    out = {}
-    for item in pairs:
-        name, equals, path = item.partition("=")
-        if not (name and equals and path):
-            raise EvaluationError(f"--data {item}: give NAME=PATH")
-        out[name] = path
-    return out
 
 
 def read_numbers(option: str, text: str, kind: type[int] | type[float]) -> list[float]:

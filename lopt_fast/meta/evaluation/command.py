@@ -104,6 +104,7 @@ def eval_command(
 
         local.setup(devices)
         local.mesh()
+        from ..config import read_sources
         from . import choices, report
         from .comparison import compare
         from .study import Plan
@@ -123,7 +124,7 @@ def eval_command(
             timing=not quick if timing is None else timing,
         )
         learned = choices.read_learned(checkpoints, statistics, choices.read_numbers("--lr", lr, float))
-        sources = choices.read_tasks(tasks, task, choices.read_paths(data))
+        sources = choices.read_tasks(tasks, task, read_sources(data))
         out.mkdir(parents=True, exist_ok=True)
         kept = Cache(cache or default_folder())
         with _progress() as started:
@@ -147,10 +148,11 @@ def _refusals() -> tuple[type[Exception], ...]:
     from ...backends import BackendError
     from ...data import DataError
     from ...spec import SpecError
+    from ..config import ConfigError
     from ..tasks import TaskError
     from .choices import EvaluationError
 
-    return BackendError, DataError, EvaluationError, OSError, SpecError, TaskError
+    return BackendError, ConfigError, DataError, EvaluationError, OSError, SpecError, TaskError
 
 
 @contextmanager

@@ -14,10 +14,10 @@ import optax
 from ...jax import learned_optimizer
 from ...spec import Spec
 from ..tasks.base import Task
-from ..unroll import unroll
+from ..unroll import start, unroll
 from .baselines import BASELINES, Baseline
 from .curves import clipped, standard_error, steps_to
-from .evaluate import Report, Simulator, fresh, summarise
+from .evaluate import Report, Simulator, summarise
 from .study import Comparison, Learned, Plan, Row, Spike, Study, TaskSource
 from .tuning import Cache, Tuned, tune
 
@@ -125,7 +125,7 @@ def _seconds(task: Task, optimizer: optax.GradientTransformation, plan: Plan) ->
         return unroll(task, optimizer, state, keys, lambda k: task.sample(data, k, 0))[0]
 
     key = jax.random.key(0)
-    state = jax.block_until_ready(some_steps(task.data, key, fresh(task, optimizer, key)))
+    state = jax.block_until_ready(some_steps(task.data, key, start(task, optimizer, key)))
     taken: list[float] = []
     while len(taken) < 3 or sum(taken) < _TIMED_SECONDS:
         began = time.perf_counter()

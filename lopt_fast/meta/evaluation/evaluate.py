@@ -68,12 +68,6 @@ def stack(settings: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *leaves: np.stack([np.asarray(x, np.float32) for x in leaves]), *settings)
 
 
-def fresh(task: Task, optimizer: optax.GradientTransformation, key: jax.Array) -> InnerState:
-    """`start`, not weakly typed: what comes out of a step is not either, and would be compiled for once more."""
-    state = start(task, optimizer, key)
-    return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), state)
-
-
 class Simulator:
     """Trains one task with one kind of optimizer; one compilation serves all settings, data sets, seeds and lengths.
 
@@ -153,7 +147,7 @@ class Simulator:
         return optax.chain(_spike(s.spike_step, s.spike), optimizer) if self._spikes else optimizer
 
     def _first(self, s: _Simulation) -> InnerState:
-        return fresh(self.task, self._optimizer(s), jax.random.fold_in(jax.random.key(s.seed), 0))
+        return start(self.task, self._optimizer(s), jax.random.fold_in(jax.random.key(s.seed), 0))
 
     def _some_steps(
         self, data: Data, first: jax.Array, s: _Simulation, state: InnerState
@@ -210,7 +204,7 @@ def _step_bytes(
 
     def step(data: Data, s: _Simulation) -> Any:
         key, made = jax.random.key(s.seed), optimizer(s)
-        return inner_step(task, made, fresh(task, made, key), sampler(task, data, s.variant)(key))
+        return inner_step(task, made, start(task, made, key), sampler(task, data, s.variant)(key))
 
     values = (v.aval for e in jax.make_jaxpr(step)(data, one).eqns for v in e.outvars)
     return sum(int(np.prod(v.shape)) * getattr(v.dtype, "itemsize", 0) for v in values)
