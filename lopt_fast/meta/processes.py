@@ -27,7 +27,7 @@ LOST_STATUS = os.EX_TEMPFAIL
 """Exit status (75) of a process that ends because another one was lost: the same command with --resume continues."""
 
 _REPORT_SECONDS = 2.0
-"""How long process 0 waits for the others' reports after a loss."""
+"""How long process 0 waits for the others' reports after a loss or an error."""
 _LOSS = ("Gloo", "NCCL", "coordination service", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED")
 """What the runtime's errors say when a collective failed."""
 _ENDS = "lopt_fast/ends/"
@@ -54,7 +54,8 @@ def guard() -> Iterator[None]:
             _leave_at_exit(LOST_STATUS)
             raise LostProcess(_loss_message(_who_is_lost(), str(error).splitlines()[0])) from error
         _leave_at_exit(1)
-        _report_end(f"ended with {type(error).__name__}: {error}")
+        if _report_end(f"ended with {type(error).__name__}: {error}") and jax.process_index() == 0:
+            _let_others_end()
         raise
 
 
@@ -201,6 +202,24 @@ def _report_end(reason: str) -> bool:
     return True
 
 
+def _let_others_end() -> None:
+    """Wait a little for the others to end by themselves, as all do that found the same error.
+
+    They lose their runtime with process 0, and would then report a loss in place of the error.
+    """
+    deadline = time.monotonic() + _REPORT_SECONDS
+    while time.monotonic() < deadline and len(_ends()) < jax.process_count():
+        time.sleep(0.05)
+
+
+def _ends() -> dict[str, str]:
+    """The reasons that processes have left, by their keys."""
+    try:
+        return dict(distributed.global_state.client.key_value_dir_get(_ENDS))
+    except Exception:  # whatever the runtime makes of a lost connection
+        return {}
+
+
 def _who_is_lost() -> str:
     """Says which processes are gone. One loss breaks the collectives of all, and all but the lost report their end."""
     if not _report_end(""):
@@ -208,9 +227,8 @@ def _who_is_lost() -> str:
     if jax.process_index() != 0:
         return "another process was lost, process 0 says which"
     time.sleep(_REPORT_SECONDS)
-    try:
-        ends = dict(distributed.global_state.client.key_value_dir_get(_ENDS))
-    except Exception:
+    ends = _ends()
+    if not ends:  # not even its own
         return "another process was lost"
     reasons = {i: ends.get(f"{_ENDS}{i}", "was lost") for i in range(jax.process_count())}
     gone = [f"process {i} {reason}" for i, reason in reasons.items() if reason]
