@@ -10,13 +10,13 @@ Shapes: `p` and `g` have any shape. Decays lie on a leading axis: momentum (n_m,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from array_api_compat import array_namespace, device
 
 from .layout import column_shape, factored_dims, row_shape
-from .spec import LAGGED_CLIP, TIMESCALES, Spec
+from .spec import LAGGED_CLIP, TIMESCALES, Accumulates, Spec
 
 Array: TypeAlias = Any
 """An array of any library of the array API standard."""
@@ -29,6 +29,8 @@ DIAGONAL_EPSILON = 1e-9  # rsqrt(v + ...) of the preconditioned gradient where t
 FACTOR_EPSILON = 1e-8  # rsqrt(row + ...), rsqrt(column + ...)
 NORMALISER_EPSILON = 1e-5  # x * rsqrt(mean x^2 + ...)
 CLIP_EPSILON = 1e-6  # max_norm / (norm of all gradients + ...)
+LOG_EPSILON = 1e-8  # log(|p| + ...)
+GRADIENT_BOUND = 0.1  # of the column clip_g
 
 
 class TensorState(NamedTuple):
@@ -102,7 +104,7 @@ def _floor(xp: Any, x: Array, low: float) -> Array:
 
 
 def accumulate(
-    spec: Spec, complements: tuple[Array, Array, Array], g: Array, state: TensorState
+    spec: Accumulates, complements: tuple[Array, Array, Array], g: Array, state: TensorState
 ) -> TensorState:
     """The accumulators after gradient `g`: exponential moving averages of g, g^2 and the means of g^2.
 
@@ -117,11 +119,11 @@ def accumulate(
 
     square = g * g
     new = state._asdict()
-    if spec.uses_momentum:
+    if spec.momenta:
         new["momentum"] = ema(state.momentum, g, d_m)
-    if spec.uses_second_moment:
+    if spec.second_moments:
         new["second_moment"] = ema(state.second_moment, square, d_r)
-    if spec.uses_factored:
+    if spec.factored_moments:
         square = square + SQUARE_EPSILON
         dims = factored_dims(g.shape)
         if dims is None:
@@ -133,7 +135,32 @@ def accumulate(
     return TensorState(**new)
 
 
-def columns(spec: Spec, p: Array, g: Array, state: TensorState, factors: TensorState) -> list[Array]:
+class Epsilons(NamedTuple):
+    """Those in which architectures differ."""
+
+    rms: float = RMS_EPSILON
+    """rsqrt(second moment + ...)"""
+    diagonal_momentum: float = RMS_EPSILON
+    """m * (v + ...)^-1/2 where the tensor is not factored"""
+    normaliser: float = NORMALISER_EPSILON
+    """x * rsqrt(mean x^2 + ...)"""
+
+
+class Columns(Accumulates, Protocol):
+    """Which columns are computed."""
+
+    @property
+    def groups(self) -> tuple[str, ...]: ...
+
+
+def columns(
+    spec: Columns,
+    p: Array,
+    g: Array,
+    state: TensorState,
+    factors: TensorState,
+    epsilons: Epsilons = Epsilons(),  # noqa: B008  # immutable
+) -> list[Array]:
     """The columns before normalisation, in the order of the MLP's input, each broadcastable to `p`.
 
     `state` gives momentum and second moment, `factors` the factored accumulators of a factored tensor (they are the
@@ -142,15 +169,21 @@ def columns(spec: Spec, p: Array, g: Array, state: TensorState, factors: TensorS
     xp = array_namespace(p)
     m, v = state.momentum, state.second_moment
     groups: dict[str, list[Array]] = {"g": [g], "p": [p]}
-    if spec.uses_momentum:
+    if "clip_g" in spec.groups:
+        bound = xp.full_like(g, GRADIENT_BOUND)
+        groups["clip_g"] = [xp.where(g > bound, bound, xp.where(g < -bound, -bound, g))]
+    if "log_abs_p" in spec.groups:
+        groups["log_abs_p"] = [xp.log(xp.abs(p) + LOG_EPSILON)]
+    if spec.momenta:
         groups["m"] = [m[i] for i in range(m.shape[0])]
-    if spec.uses_second_moment:
+    if spec.second_moments:
         groups["rms"] = [v[i] for i in range(v.shape[0])]
-        groups["rsqrt_rms"] = [_rsqrt(xp, x + RMS_EPSILON) for x in groups["rms"]]
-        if spec.uses_momentum:
+        groups["rsqrt_rms"] = [_rsqrt(xp, x + epsilons.rms) for x in groups["rms"]]
+        groups["g_rsqrt_rms"] = [g * x for x in groups["rsqrt_rms"]]
+        if spec.momenta and len(groups["rms"]) in (1, spec.momenta):
             r = groups["rsqrt_rms"]
             groups["m_rsqrt_rms"] = [x * r[i if len(r) > 1 else 0] for i, x in enumerate(groups["m"])]
-    if spec.uses_factored:
+    if spec.factored_moments:
         dims = factored_dims(p.shape)
         if dims is None:
             diagonal = [state.factored_row[i] for i in range(state.factored_row.shape[0])]
@@ -160,7 +193,7 @@ def columns(spec: Spec, p: Array, g: Array, state: TensorState, factors: TensorS
             ]
             groups |= {"fac_row": diagonal, "fac_column": diagonal}
             groups |= {"rsqrt_fac_row": inverse, "rsqrt_fac_column": inverse}
-            scales = [_rsqrt(xp, x + RMS_EPSILON) for x in diagonal]
+            scales = [_rsqrt(xp, x + epsilons.diagonal_momentum) for x in diagonal]
         else:
             d1, d0 = dims
             # Keep the missing axes as axes of size 1: row and column columns stay small until they are summed.
@@ -177,7 +210,7 @@ def columns(spec: Spec, p: Array, g: Array, state: TensorState, factors: TensorS
             groups["fac_column"] = [column[i] for i in range(column.shape[0])]
             groups["rsqrt_fac_row"] = [_rsqrt(xp, x + FACTOR_EPSILON) for x in groups["fac_row"]]
             groups["rsqrt_fac_column"] = [_rsqrt(xp, x + FACTOR_EPSILON) for x in groups["fac_column"]]
-        if spec.uses_momentum and len(scales) == len(groups["m"]):
+        if spec.momenta and len(scales) == len(groups["m"]):
             groups["fac_m"] = [x * s for x, s in zip(groups["m"], scales, strict=True)]
     return [x for name in spec.groups for x in groups[name]]
 
@@ -215,28 +248,33 @@ def time_columns(xp: Any, t: Array | int, like: Array) -> list[Array]:
 
 
 def mlp(
-    spec: Spec,
-    theta: Mapping[str, Array],
+    weights: Sequence[Array],
+    biases: Sequence[Array],
     inputs: list[Array],
     shape: tuple[int, ...],
     method: Literal["elementwise", "matmul"],
-) -> tuple[Array, Array]:
-    """(direction, magnitude) of every parameter; ReLU between layers, the last layer linear.
+    activation: Literal["relu", "tanh"] = "relu",
+) -> list[Array]:
+    """Outputs of every parameter, each of `shape`; the last layer is linear.
 
+    weights, biases: of each layer, (inputs, outputs) and (outputs,).
     `elementwise` expands the products over columns and units and keeps row and column columns small; `matmul`
     stacks all columns to (*shape, inputs) first.
     """
     xp = array_namespace(*inputs)
-    layers = len(spec.layer_sizes)
+    layers = len(weights)
+
+    def activate(x: Array) -> Array:
+        return xp.tanh(x) if activation == "tanh" else _floor(xp, x, 0.0)
+
     if method == "matmul":
         x = xp.stack([xp.broadcast_to(c, shape) for c in inputs], axis=-1)
-        for i in range(layers):
-            x = x @ theta[f"w{i}"] + theta[f"b{i}"]
-            x = _floor(xp, x, 0.0) if i + 1 < layers else x
-        return x[..., 0], x[..., 1]
+        for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
+            x = x @ w + b
+            x = activate(x) if i + 1 < layers else x
+        return [x[..., i] for i in range(x.shape[-1])]
     units = inputs
-    for i in range(layers):
-        w, b = theta[f"w{i}"], theta[f"b{i}"]
+    for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
         sums = []
         for j in range(w.shape[1]):
             by_size: dict[
@@ -248,9 +286,9 @@ def mlp(
             total = b[j]
             for part in sorted(by_size.values(), key=lambda a: math.prod(a.shape)):
                 total = total + part
-            sums.append(_floor(xp, total, 0.0) if i + 1 < layers else total)
+            sums.append(activate(total) if i + 1 < layers else total)
         units = sums
-    return xp.broadcast_to(units[0], shape), xp.broadcast_to(units[1], shape)
+    return [xp.broadcast_to(unit, shape) for unit in units]
 
 
 def update(
@@ -293,7 +331,10 @@ def update(
         )
     normalised, mean_squares = normalise(spec, columns(spec, p, g, new, factors), state, t)
     inputs = [*normalised, *time_columns(xp, t, p)]
-    direction, magnitude = mlp(spec, theta, inputs, shape, method)
+    layers = range(len(spec.layer_sizes))
+    direction, magnitude = mlp(
+        [theta[f"w{i}"] for i in layers], [theta[f"b{i}"] for i in layers], inputs, shape, method
+    )
     step = spec.step_mult * direction * xp.exp(spec.exp_mult * magnitude)
     if spec.scale == "parameter_rms":
         p_square = xp.mean(p * p)

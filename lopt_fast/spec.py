@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, Self
 
 Kind = Literal["element", "row", "column", "time"]
 Scale = Literal["none", "parameter_rms"]
@@ -49,6 +49,17 @@ three second-moment decays instead of one; `m`, `rms`, `m_rms` take as many deca
 that the paper's m_*, rms_*, m_rms_* are these names with their decays."""
 
 
+class Accumulates(Protocol):
+    """Which running averages a parameter has: how many of each kind."""
+
+    @property
+    def momenta(self) -> int: ...
+    @property
+    def second_moments(self) -> int: ...
+    @property
+    def factored_moments(self) -> int: ...
+
+
 class SpecError(ValueError):
     """A specification, a set of meta-parameters or a checkpoint that cannot be used; says which value and why."""
 
@@ -62,8 +73,56 @@ class Column:
     kind: Kind
 
 
+class Hyperparameters:
+    """Base of the frozen dataclasses that configure an architecture, which checkpoints hold as JSON."""
+
+    @property
+    def theta_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the meta-parameters, in the order in which they are flattened."""
+        raise NotImplementedError
+
+    @property
+    def theta_size(self) -> int:
+        """Number of meta-parameters."""
+        return sum(math.prod(s) for s in self.theta_shapes.values())
+
+    def check_theta(self, theta: Mapping[str, Any]) -> None:
+        """Raise SpecError unless `theta` has exactly the arrays of `theta_shapes`."""
+        expected = self.theta_shapes
+        missing, extra = sorted(expected.keys() - theta.keys()), sorted(theta.keys() - expected.keys())
+        if missing or extra:
+            raise SpecError(
+                f"meta-parameters do not fit the specification: missing {missing}, unknown {extra}"
+            )
+        for name, shape in expected.items():
+            if tuple(theta[name].shape) != shape:
+                raise SpecError(
+                    f"meta-parameter {name!r} has shape {tuple(theta[name].shape)}, expected {shape}"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        values: dict[str, Any] = asdict(self)  # type: ignore[call-overload]
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Inverse of `to_dict`. Raises SpecError for unknown keys and unusable values."""
+        known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+        unknown = sorted(values.keys() - known)
+        if unknown:
+            raise SpecError(f"unknown hyperparameters {unknown}; known are {sorted(known)}")
+        arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        try:
+            return cls(**arguments)
+        except SpecError:
+            raise
+        except (TypeError, ValueError, ArithmeticError) as error:
+            raise SpecError(f"unusable hyperparameters {dict(values)}: {error}") from error
+
+
 @dataclass(frozen=True)
-class Spec:
+class Spec(Hyperparameters):
     """Configuration of one per-parameter MLP optimizer (Metz et al. 2022, arXiv 2203.11860, App. A).
 
     The step is ``step_mult * direction * exp(exp_mult * magnitude)``, times the root mean square of the parameter
@@ -136,6 +195,19 @@ class Spec:
                 yield Column(group, index, _KINDS.get(group, "element"))
 
     @property
+    def momenta(self) -> int:
+        """How many momenta a parameter has, 0 where no column shows them; so for the two that follow."""
+        return len(self.momentum_decays) if self.uses_momentum else 0
+
+    @property
+    def second_moments(self) -> int:
+        return len(self.rms_decays) if self.uses_second_moment else 0
+
+    @property
+    def factored_moments(self) -> int:
+        return len(self.adafactor_decays) if self.uses_factored else 0
+
+    @property
     def uses_momentum(self) -> bool:
         return any(g in self.groups for g in ("m", "m_rsqrt_rms", "fac_m"))
 
@@ -168,41 +240,3 @@ class Spec:
         shapes["rms_decays"] = (len(self.rms_decays),)
         shapes["adafactor_decays"] = (len(self.adafactor_decays),)
         return shapes
-
-    @property
-    def theta_size(self) -> int:
-        """Number of meta-parameters (197 for the default)."""
-        return sum(math.prod(s) for s in self.theta_shapes.values())
-
-    def check_theta(self, theta: Mapping[str, Any]) -> None:
-        """Raise SpecError unless `theta` has exactly the arrays of `theta_shapes`."""
-        expected = self.theta_shapes
-        missing, extra = sorted(expected.keys() - theta.keys()), sorted(theta.keys() - expected.keys())
-        if missing or extra:
-            raise SpecError(
-                f"meta-parameters do not fit the specification: missing {missing}, unknown {extra}"
-            )
-        for name, shape in expected.items():
-            if tuple(theta[name].shape) != shape:
-                raise SpecError(
-                    f"meta-parameter {name!r} has shape {tuple(theta[name].shape)}, expected {shape}"
-                )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Spec:
-        """Inverse of `to_dict`. Raises SpecError for unknown keys and unusable values."""
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(values.keys() - known)
-        if unknown:
-            raise SpecError(f"unknown hyperparameters {unknown}; known are {sorted(known)}")
-        arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        try:
-            return cls(**arguments)
-        except SpecError:
-            raise
-        except (TypeError, ValueError, ArithmeticError) as error:
-            raise SpecError(f"unusable hyperparameters {dict(values)}: {error}") from error

@@ -1,0 +1,115 @@
+"""Parts of tensor-level networks, in array code."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from array_api_compat import array_namespace, device
+
+from ..reference import Array
+
+
+def linear(x: Array, w: Array, b: Array) -> Array:
+    """x @ w + b; w is (inputs, outputs)."""
+    return x @ w + b
+
+
+def sigmoid(x: Array) -> Array:
+    """1 / (1 + exp(-x)), written so that exp does not overflow."""
+    xp = array_namespace(x)
+    return 0.5 * (xp.tanh(0.5 * x) + 1.0)
+
+
+def relu(x: Array) -> Array:
+    """max(x, 0) that keeps NaN."""
+    return array_namespace(x).where(x < 0, 0.0 * x, x)
+
+
+def lstm(x: Array, hidden: Array, cell: Array, w: Array, b: Array) -> tuple[Array, Array]:
+    """(hidden, cell) after one step of an LSTM over rows: gates i, g, f, o, and 1 is added to f (Haiku's LSTM).
+
+    x: (rows, inputs); hidden, cell: (rows, units); w: (inputs + units, 4 units); b: (4 units,).
+    """
+    xp = array_namespace(x)
+    gates = linear(xp.concat([x, hidden], axis=-1), w, b)
+    n = cell.shape[-1]
+    i, g, f, o = (gates[..., k * n : (k + 1) * n] for k in range(4))
+    cell = sigmoid(f + 1.0) * cell + sigmoid(i) * xp.tanh(g)
+    return sigmoid(o) * xp.tanh(cell), cell
+
+
+def log_magnitude(x: Array, scale: float = 1.0) -> Array:
+    """scale * log(1e-8 + |x|), the logarithm within [-5, 5]."""
+    xp = array_namespace(x)
+    return scale * xp.clip(xp.log(1e-8 + xp.abs(x)), -5.0, 5.0)
+
+
+def constant(values: Any, like: Array) -> Array:
+    """Numbers as an array of the library, type and device of `like`."""
+    return array_namespace(like).asarray(np.asarray(values).tolist(), dtype=like.dtype, device=device(like))
+
+
+def truncated_normal(rng: np.random.Generator, shape: tuple[int, ...], std: float) -> np.ndarray:
+    """float32, normal with standard deviation `std`, cut at two of them."""
+    draws = rng.standard_normal(shape)
+    while (outside := np.abs(draws) > 2.0).any():
+        draws[outside] = rng.standard_normal(int(outside.sum()))
+    return (draws * std).astype(np.float32)
+
+
+def init_linear(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Weights (..., inputs, outputs): truncated normal with standard deviation 1 / sqrt(inputs)."""
+    return truncated_normal(rng, shape, 1.0 / math.sqrt(shape[-2]))
+
+
+def fraction_left(t: Array, num_steps: Array | float, like: Array) -> Array:
+    """(9,) tanh(10 (t / num_steps - c)): where in its training the model is (Metz et al. 2022b, App. B)."""
+    xp = array_namespace(like)
+    fraction = xp.astype(t, like.dtype) / num_steps
+    return xp.tanh(10.0 * (fraction - constant((0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1), like)))
+
+
+class LossHistory(NamedTuple):
+    """Averages of the loss over ten time scales, from 1 step to the length of the training (Metz et al. 2022b).
+
+    Ten numbers each: averages without bias correction, and the smallest of the corrected ones so far.
+    """
+
+    means: Array
+    smallest: Array
+
+    @classmethod
+    def empty(cls, like: Array) -> LossHistory:
+        return cls(constant([0.0] * 10, like), constant([999999999999.0] * 10, like))
+
+    def add(self, loss: Array, t: Array, num_steps: Array | float) -> tuple[LossHistory, Array]:
+        """(history with the loss of step t, (9,) features): how the loss of each time scale stands to the next longer.
+
+        The features are 0 in the first two steps.
+        """
+        xp = array_namespace(self.means)
+        like = self.means
+        t = xp.astype(t, like.dtype)
+        loss = xp.astype(loss, like.dtype)
+        exponents = constant(np.linspace(0.0, 1.0, 10), like)
+        # half-lives 10 ** linspace(1, log10(num_steps), 10)
+        longest = xp.log(xp.asarray(num_steps, dtype=like.dtype, device=device(like)))
+        half_lives = xp.exp(math.log(10.0) + exponents * (longest - math.log(10.0)))
+        decays = xp.exp(-1.0 / half_lives)
+
+        seen = 1.0 - decays ** (
+            t + 1
+        )  # also for the bound on the loss, whose averages have seen one step less
+        highest = xp.where(t == 0, loss, xp.max(self.means / seen))
+        limit = 2.0 * xp.abs(highest)
+        loss = xp.where(loss > limit, limit, loss)
+        means = decays * self.means + (1.0 - decays) * loss
+        corrected = means / seen
+        smallest = xp.where(corrected < self.smallest, corrected, self.smallest)
+
+        span = corrected[1:] - smallest[:-1]
+        ratio = (corrected[:-1] - smallest[:-1]) / xp.where(span < 1e-8, xp.full_like(span, 1e-8), span)
+        features = xp.clip(ratio - 1.0, -1.0, 1.0)
+        return LossHistory(means, smallest), xp.where(t <= 1, xp.zeros_like(features), features)
