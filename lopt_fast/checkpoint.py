@@ -24,14 +24,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as safetensors_bytes
 
-from .architectures import small_fc_lopt
+from .architectures import ARCHITECTURES, Architecture
 from .files import write_atomically
 from .spec import Spec, SpecError
 
 _KEY = "lopt_fast"
 FORMAT_VERSION = 1
 SUFFIX = ".safetensors"
-ARCHITECTURES: tuple[str, ...] = (small_fc_lopt.NAME,)
 DEFAULT_NAME = "small_fc_lopt_mix"
 
 _WEIGHTS = Path(__file__).parent / "weights"
@@ -47,13 +46,13 @@ class Checkpoint:
     """Meta-parameters of one learned optimizer.
 
     Raises CheckpointError (a ValueError) unless `theta` has exactly the arrays of `spec.theta_shapes`, real and
-    finite in float32, and `architecture` is one of `ARCHITECTURES`.
+    finite in float32.
     """
 
-    spec: Spec
+    spec: Spec | Architecture
+    """Hyperparameters of the architecture."""
     theta: dict[str, np.ndarray]
     """Arrays by the names of `spec.theta_shapes`; copied, and stored as float32."""
-    architecture: str = small_fc_lopt.NAME
     name: str = ""
     """Name of the shipped weights, or the file's name without its suffix; empty if made in memory."""
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -61,11 +60,6 @@ class Checkpoint:
 
     def __post_init__(self) -> None:
         try:
-            if self.architecture not in ARCHITECTURES:
-                raise CheckpointError(
-                    f"unknown architecture {self.architecture!r}; "
-                    f"this version of lopt_fast has {', '.join(ARCHITECTURES)}"
-                )
             theta = {name: _float32(name, value) for name, value in self.theta.items()}
             self.spec.check_theta(theta)
         except CheckpointError:
@@ -73,6 +67,11 @@ class Checkpoint:
         except SpecError as error:
             raise CheckpointError(str(error)) from error
         object.__setattr__(self, "theta", {name: theta[name] for name in self.spec.theta_shapes})
+
+    @property
+    def architecture(self) -> str:
+        """Name of the architecture."""
+        return self.spec.NAME
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the checkpoint to `path` and return it; readers see the old file or the whole new one.
@@ -110,6 +109,8 @@ def names() -> tuple[str, ...]:
 def load(source: str | os.PathLike[str] | Checkpoint | None = None) -> Checkpoint:
     """A checkpoint by name of shipped weights, by path, or as it is; None: the default weights.
 
+    An architecture without meta-parameters ("adamw") can be loaded by its name, with its default hyperparameters.
+
     Raises CheckpointError for a file that is missing, damaged, foreign, of another architecture or version, or
     whose meta-parameters do not fit its hyperparameters or are not finite.
     """
@@ -123,6 +124,9 @@ def load(source: str | os.PathLike[str] | Checkpoint | None = None) -> Checkpoin
         )
     if isinstance(source, str) and source in names():
         return _read(_WEIGHTS / (source + SUFFIX))
+    kind = ARCHITECTURES.get(source) if isinstance(source, str) else None
+    if kind is not None and not kind().theta_shapes:
+        return Checkpoint(kind(), {}, kind.NAME)
     path = Path(source)
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "is neither a file nor the name of shipped weights"
@@ -151,7 +155,7 @@ def _read(path: Path) -> Checkpoint:
     if not isinstance(metadata, dict):
         raise CheckpointError(f"{path}: metadata is not a JSON object. {_RESAVE}")
     try:
-        return Checkpoint(spec, theta, document["architecture"], path.stem, metadata)
+        return Checkpoint(spec, theta, path.stem, metadata)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
@@ -178,9 +182,9 @@ def _read_document(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
     return document
 
 
-def _read_spec(path: Path, document: Mapping[str, Any]) -> Spec:
+def _read_spec(path: Path, document: Mapping[str, Any]) -> Spec | Architecture:
     architecture = document.get("architecture")
-    if architecture not in ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise CheckpointError(
             f"{path}: unknown architecture {architecture!r}; "
             f"this version of lopt_fast has {', '.join(ARCHITECTURES)}."
@@ -189,12 +193,12 @@ def _read_spec(path: Path, document: Mapping[str, Any]) -> Spec:
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: hyperparameters are not a JSON object. {_RESAVE}")
     try:
-        return Spec.from_dict(values)
+        return ARCHITECTURES[architecture].from_dict(values)
     except (ValueError, TypeError, ArithmeticError) as error:
         raise CheckpointError(f"{path}: unusable hyperparameters: {error}. {_RESAVE}") from error
 
 
-def _read_tensors(path: Path, file: Any, spec: Spec) -> dict[str, np.ndarray]:
+def _read_tensors(path: Path, file: Any, spec: Spec | Architecture) -> dict[str, np.ndarray]:
     """The meta-parameters; names, shapes and types are checked before anything large is read."""
     found, expected = set(file.keys()), spec.theta_shapes
     if found != expected.keys():

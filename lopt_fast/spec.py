@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
-from typing import Any, Literal, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 Kind = Literal["element", "row", "column", "time"]
 Scale = Literal["none", "parameter_rms"]
@@ -76,6 +76,14 @@ class Column:
 class Hyperparameters:
     """Base of the frozen dataclasses that configure an architecture, which checkpoints hold as JSON."""
 
+    NAME: ClassVar[str]
+
+    def with_statistics(self, statistics: Statistics | None) -> Self:
+        """The same with these statistics; None: as it is. Raises SpecError if the architecture does not have them."""
+        if statistics in (None, "exact"):
+            return self
+        raise SpecError(f"statistics={statistics!r}: {self.NAME} has 'exact' alone")
+
     @property
     def theta_shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the meta-parameters, in the order in which they are flattened."""
@@ -129,6 +137,8 @@ class Spec(Hyperparameters):
     tensor, ``sqrt(mean p**2 + scale_epsilon)``, where ``scale == "parameter_rms"``.
     """
 
+    NAME: ClassVar[str] = "small_fc_lopt"
+
     hidden_size: int = 4
     hidden_layers: int = 2
     feature_set: str = "default"
@@ -175,6 +185,10 @@ class Spec(Hyperparameters):
             raise SpecError(
                 f"{n_f} adafactor_decays for {n_m} momentum_decays: the columns m*R*C need equally many"
             )
+
+    def with_statistics(self, statistics: Statistics | None) -> Spec:
+        """The same with these statistics; None: as it is."""
+        return self if statistics is None else replace(self, statistics=statistics)
 
     @property
     def groups(self) -> tuple[str, ...]:

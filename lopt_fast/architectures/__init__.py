@@ -1,7 +1,26 @@
 """The registry of architectures: one file and one line each."""
 
+from __future__ import annotations
+
+import numpy as np
+
+from ..spec import Spec
+from . import small_fc_lopt
 from .base import Architecture
 from .celo import Celo
 
-ARCHITECTURES: dict[str, type[Architecture]] = {kind.NAME: kind for kind in (Celo,)}
-"""All but `small_fc_lopt`, which has no tensor level and kernels of its own, by name."""
+__all__ = ["ARCHITECTURES", "Architecture", "initial_theta"]
+
+ARCHITECTURES: dict[str, type[Spec] | type[Architecture]] = {
+    kind.NAME: kind
+    for kind in (
+        Spec,  # small_fc_lopt, whose kernels are its own
+        Celo,
+    )
+}
+"""What a checkpoint's `architecture` may be."""
+
+
+def initial_theta(spec: Spec | Architecture, seed: int = 0) -> dict[str, np.ndarray]:
+    """Meta-parameters before meta-training, float32, random."""
+    return small_fc_lopt.init_theta(spec, seed) if isinstance(spec, Spec) else spec.init_theta(seed)

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..operations import ModelTensors, Operations
 from ..reference import Array, TensorState
-from ..spec import Accumulates, Hyperparameters
+from ..spec import Accumulates, Hyperparameters, Statistics
 
 Theta = Mapping[str, Array]
 """Meta-parameters by the names of `theta_shapes`, all of one type."""
@@ -50,7 +50,7 @@ class Architecture(Hyperparameters):
     `shared` (arrays of the whole model).
     """
 
-    NAME: ClassVar[str]
+    statistics: ClassVar[Statistics] = "exact"
     needs_loss: ClassVar[bool] = False
     needs_num_steps: ClassVar[bool] = False
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..spec import Spec
 
-NAME = "small_fc_lopt"
+NAME = Spec.NAME
 
 
 def spec(**overrides: object) -> Spec:

@@ -96,7 +96,6 @@ def checkpoint(config: Config) -> Checkpoint:
     return Checkpoint(
         spec=spec,
         theta=meta_parameters(spec),
-        architecture=small_fc_lopt.NAME,
         name=f"benchmark-width-{config.width}",
         metadata={},
     )
