@@ -52,7 +52,11 @@ class Architecture(Hyperparameters):
 
     statistics: ClassVar[Statistics] = "exact"
     needs_loss: ClassVar[bool] = False
-    needs_num_steps: ClassVar[bool] = False
+
+    @property
+    def needs_num_steps(self) -> bool:
+        """Where it does not depend on hyperparameters, a ClassVar."""
+        return False
 
     def init_theta(self, seed: int = 0) -> dict[str, np.ndarray]:
         """Initial meta-parameters, float32."""

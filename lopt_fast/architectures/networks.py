@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 from array_api_compat import array_namespace, device
 
+from ..operations.constants import constant as constant
 from ..reference import Array
 
 
@@ -46,9 +48,13 @@ def log_magnitude(x: Array, scale: float = 1.0) -> Array:
     return scale * xp.clip(xp.log(1e-8 + xp.abs(x)), -5.0, 5.0)
 
 
-def constant(values: Any, like: Array) -> Array:
-    """Numbers as an array of the library, type and device of `like`."""
-    return array_namespace(like).asarray(np.asarray(values).tolist(), dtype=like.dtype, device=device(like))
+def seen_fraction(decay: Array, t: Array) -> Array:
+    """1 - decay ** (t + 1), accurate for a decay near 1: by what a running average is divided to correct its bias.
+
+    t: steps taken before; decay: of an average that has taken this step.
+    """
+    xp = array_namespace(decay)
+    return -xp.expm1((xp.astype(t, decay.dtype) + 1.0) * xp.log(decay))
 
 
 def truncated_normal(rng: np.random.Generator, shape: tuple[int, ...], std: float) -> np.ndarray:
@@ -62,6 +68,22 @@ def truncated_normal(rng: np.random.Generator, shape: tuple[int, ...], std: floa
 def init_linear(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     """Weights (..., inputs, outputs): truncated normal with standard deviation 1 / sqrt(inputs)."""
     return truncated_normal(rng, shape, 1.0 / math.sqrt(shape[-2]))
+
+
+def init_mlp(rng: np.random.Generator, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Initial weights `w0`, `w1`, ... of an MLP, truncated normal with 1 / sqrt(inputs), and biases `b0`, ..., zero.
+
+    A layer's weights may lie in several arrays, `w0` and `w0_time`: its inputs are those of all of them.
+    """
+    theta: dict[str, np.ndarray] = {}
+    for name, shape in shapes.items():
+        layer = name.split("_")[0]
+        inputs = sum(other[0] for key, other in shapes.items() if key.split("_")[0] == layer)
+        weights = name.startswith("w")
+        theta[name] = (
+            truncated_normal(rng, shape, 1.0 / math.sqrt(inputs)) if weights else np.zeros(shape, np.float32)
+        )
+    return theta
 
 
 def fraction_left(t: Array, num_steps: Array | float, like: Array) -> Array:
@@ -94,18 +116,18 @@ class LossHistory(NamedTuple):
         t = xp.astype(t, like.dtype)
         loss = xp.astype(loss, like.dtype)
         exponents = constant(np.linspace(0.0, 1.0, 10), like)
-        # half-lives 10 ** linspace(1, log10(num_steps), 10)
+        # time scales 10 ** linspace(1, log10(num_steps), 10); an average's decay is exp(-1 / scale)
         longest = xp.log(xp.asarray(num_steps, dtype=like.dtype, device=device(like)))
-        half_lives = xp.exp(math.log(10.0) + exponents * (longest - math.log(10.0)))
-        decays = xp.exp(-1.0 / half_lives)
+        logarithms = -xp.exp(-(math.log(10.0) + exponents * (longest - math.log(10.0))))
+        rates = -xp.expm1(logarithms)
+        seen = -xp.expm1((t + 1) * logarithms)
 
-        seen = 1.0 - decays ** (
-            t + 1
-        )  # also for the bound on the loss, whose averages have seen one step less
+        # Also for the bound on the loss, whose averages have seen one step less.
         highest = xp.where(t == 0, loss, xp.max(self.means / seen))
         limit = 2.0 * xp.abs(highest)
         loss = xp.where(loss > limit, limit, loss)
-        means = decays * self.means + (1.0 - decays) * loss
+        # Not decays * means + rates * loss: with long time scales the rounding of decays would show.
+        means = self.means + rates * (loss - self.means)
         corrected = means / seen
         smallest = xp.where(corrected < self.smallest, corrected, self.smallest)
 

@@ -11,6 +11,7 @@ from array_api_compat import array_namespace, device
 from ..layout import column_shape, row_shape
 from ..reference import Array, TensorState
 from ..spec import Accumulates
+from .constants import constant
 
 
 class Decays(NamedTuple):
@@ -34,10 +35,9 @@ class Decays(NamedTuple):
         factored: Sequence[float] = (),
     ) -> Decays:
         """From decays that are hyperparameters, in the library, type and device of `like`."""
-        xp = array_namespace(like)
 
         def complement(decays: Sequence[float]) -> Array:
-            return xp.asarray([1.0 - b for b in decays], dtype=like.dtype, device=device(like))
+            return constant([1.0 - b for b in decays], like)
 
         return cls(complement(momentum), complement(second_moment), complement(factored))
 
@@ -76,6 +76,16 @@ class ModelTensors:
             self, params=some(self.params), grads=some(self.grads), states=some(self.states),
             lr=some(self.lr), weight_decay=some(self.weight_decay), names=some(self.names) if self.names else (),
         )  # fmt: skip
+
+    def decayed(self, amount: Array | float) -> ModelTensors:
+        """With so much more weight decay, (): an architecture's own, which the learning rate multiplies as well."""
+        if isinstance(amount, (int, float)) and amount == 0:
+            return self
+        more = [
+            amount if isinstance(amount, (int, float)) else array_namespace(p).astype(amount, p.dtype)
+            for p in self.params
+        ]
+        return replace(self, weight_decay=[w + a for w, a in zip(self.weight_decay, more, strict=True)])
 
     def finish(self, i: int, step: Array) -> Array:
         """The result for parameter `i`, whose step is `step`."""
@@ -128,5 +138,5 @@ def clipped(x: Array, bound: Array | float | None) -> Array:
     if bound is None:
         return x
     xp = array_namespace(x)
-    high = xp.asarray(bound, dtype=x.dtype, device=device(x))
+    high = constant(bound, x)
     return xp.where(x > high, high, xp.where(x < -high, -high, x))

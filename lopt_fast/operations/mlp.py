@@ -15,7 +15,8 @@ from .accumulators import Decays, ModelTensors, as_vector, clipped, like_before
 
 _ONE_PER_MOMENTUM = ("m", "m_rsqrt_rms")
 _ONE_PER_SECOND_MOMENT = ("rms", "rsqrt_rms", "g_rsqrt_rms")
-_ONE_PER_FACTOR = ("fac_g", "fac_row", "fac_column", "rsqrt_fac_row", "rsqrt_fac_column", "fac_m")
+_FACTORED = ("fac_row", "fac_column", "rsqrt_fac_row", "rsqrt_fac_column", "fac_m")
+_ONE_PER_FACTOR = ("fac_g", *_FACTORED)
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,10 @@ class ElementMlp:
     activation: Literal["relu", "tanh"] = "relu"
     epsilons: Epsilons = Epsilons()  # noqa: RUF009  # immutable
     normalise_over: Literal["tensor", "matrix"] = "tensor"
-    """"matrix": over the last two axes alone."""
+    """"matrix": over the last two axes alone, so that each matrix of a stack has its own normalisers (celo2)."""
     factored_vectors: bool = True
-    """Whether below rank 2 there are the columns of factored moments."""
+    """Whether below rank 2 there are the columns that show factored moments, from "fac_row" to "fac_m"; if not
+    (celo2), they are the last groups, and their rows of the first layer are not used there. "fac_g" is always there."""
 
     def group_size(self, group: str) -> int:
         """Columns of a group."""
@@ -60,7 +62,7 @@ class ElementMlp:
 
     def columns_of(self, ndim: int) -> int:
         """How many columns a tensor of so many axes has: the first ones."""
-        kept = [g for g in self.groups if ndim >= 2 or self.factored_vectors or g not in _ONE_PER_FACTOR]
+        kept = [g for g in self.groups if ndim >= 2 or self.factored_vectors or g not in _FACTORED]
         return sum(self.group_size(g) for g in kept)
 
     @property
@@ -103,11 +105,14 @@ def element_mlp(
     multiplier: Array | None = None,
     gradient_clip: Array | float | None = None,
     steps_only: bool = False,
+    bias_correction: Decays | None = None,
 ) -> Result:
     """One update of all tensors.
 
     multiplier: (tensors,), None for 1. gradient_clip: bound on the elements of the gradient.
     steps_only: `outputs` are the steps, neither multiplied by the learning rate nor added.
+    bias_correction: 1 - decay^(steps taken, with this one) of each running average. All columns but "fac_g" show the
+    averages divided by it; the state does not change. Only this definition has it, `Operations` does not.
     """
     outputs: list[Array] = []
     states: list[TensorState] = []
@@ -119,7 +124,10 @@ def element_mlp(
         factor = None if multiplier is None else xp.astype(multiplier[i, ...], p.dtype)
         g = clipped(g * tensors.grad_scale, gradient_clip)
         state = accumulate(spec, decays.of(p), g, state)
-        step, message = _step(spec, p, g, state, weights.of(i, p), factor)
+        raw = columns(spec, p, g, state, state, spec.epsilons)
+        if bias_correction is not None:
+            raw = _corrected(spec, p, g, state, bias_correction.of(p), raw)
+        step, message = _step(spec, p, raw, weights.of(i, p), factor)
         step = xp.reshape(step, tensors.params[i].shape)
         outputs.append(step if steps_only else tensors.finish(i, step))
         states.append(like_before(before, state))
@@ -129,14 +137,14 @@ def element_mlp(
 
 
 def _step(
-    spec: ElementMlp, p: Array, g: Array, state: TensorState, weights: Weights, multiplier: Array | None
+    spec: ElementMlp, p: Array, raw: Sequence[Array], weights: Weights, multiplier: Array | None
 ) -> tuple[Array, Array]:
-    """(step, messages) of one tensor."""
+    """(step, messages) of one tensor, whose columns are `raw`."""
     xp = array_namespace(p)
-    raw = columns(spec, p, g, state, state, spec.epsilons)[: spec.columns_of(p.ndim)]
-    inputs = _normalised(spec, raw, p.ndim)
+    inputs = _normalised(spec, raw[: spec.columns_of(p.ndim)], p.ndim)
     first = weights.w[0][: len(inputs), :]
-    method: Literal["elementwise", "matmul"] = "elementwise" if spec.hidden_size <= 8 else "matmul"
+    # Few operations: a network written out element by element takes XLA seconds to compile for each tensor.
+    method: Literal["elementwise", "matmul"] = "matmul"
     direction, magnitude, *messages = mlp(
         [first, *weights.w[1:]], weights.b, inputs, tuple(p.shape), method, spec.activation
     )
@@ -160,3 +168,27 @@ def _normalised(spec: ElementMlp, raw: Sequence[Array], ndim: int) -> list[Array
         mean_square = xp.mean(x * x, axis=axes, keepdims=True)
         out.append(x / xp.sqrt(mean_square + spec.epsilons.normaliser))
     return out
+
+
+def _corrected(
+    spec: ElementMlp, p: Array, g: Array, state: TensorState, corrections: Decays, raw: Sequence[Array]
+) -> list[Array]:
+    """The columns with bias-corrected averages, but "fac_g" as it is in `raw`."""
+    xp = array_namespace(p)
+
+    def divided(average: Array, correction: Array) -> Array:
+        return (
+            average / xp.reshape(correction, (-1,) + (1,) * (average.ndim - 1))
+            if average.shape[0]
+            else average
+        )
+
+    state = state._replace(
+        momentum=divided(state.momentum, corrections.momentum),
+        second_moment=divided(state.second_moment, corrections.second_moment),
+        factored_row=divided(state.factored_row, corrections.factored),
+        factored_column=divided(state.factored_column, corrections.factored),
+    )
+    groups = [group for group in spec.groups for _ in range(spec.group_size(group))]
+    corrected = columns(spec, p, g, state, state, spec.epsilons)
+    return [old if group == "fac_g" else new for group, old, new in zip(groups, raw, corrected, strict=True)]

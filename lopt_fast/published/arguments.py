@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from ..architectures.base import Architecture
-from ..spec import SpecError
+from ..spec import Hyperparameters, SpecError
 
-A = TypeVar("A", bound=Architecture)
+A = TypeVar("A", bound=Hyperparameters)
 
 
 def configured(kind: type[A], given: Mapping[str, Any], names: Mapping[str, str | None], **more: Any) -> A:
