@@ -25,7 +25,8 @@ from ..operations import ModelTensors, Operations
 from ..reference import SQUARE_EPSILON, Array, TensorState
 from ..spec import Accumulates, SpecError
 from .base import Arrays, Inputs, Theta, Update
-from .baseline import Baseline, check_range, zeros
+from .baseline import Baseline, zeros
+from .checks import check_range
 
 
 class _Averages(NamedTuple):

@@ -19,7 +19,8 @@ from ..operations import AdamScalars, ModelTensors, Operations
 from ..operations.adam import ADAM_AVERAGES
 from ..spec import Accumulates
 from .base import Arrays, Inputs, Theta, Update
-from .baseline import Baseline, as_scalar, check_range, zeros
+from .baseline import Baseline, as_scalar, zeros
+from .checks import check_range
 from .networks import seen_fraction
 
 

@@ -15,7 +15,6 @@ from array_api_compat import array_namespace, device
 from ..operations import ModelTensors
 from ..operations.constants import constant
 from ..reference import Array
-from ..spec import SpecError
 from .base import Architecture
 
 
@@ -42,13 +41,3 @@ def zeros(tensors: ModelTensors) -> Array:
 def as_scalar(value: Any, like: Array) -> Array:
     """() in the library, type and device of `like`; `value` may be a number or an array, traced or not."""
     return constant(value, like)
-
-
-def check_range(architecture: Architecture, low: float, below: float, *names: str) -> None:
-    """Raise SpecError unless these hyperparameters are numbers from `low` to below `below`. Traced ones pass."""
-    for name in names:
-        value = getattr(architecture, name)
-        if isinstance(value, (bool, str)) or value is None:
-            raise SpecError(f"{architecture.NAME}: {name}={value!r} must be a number")
-        if isinstance(value, (int, float)) and not low <= value < below:
-            raise SpecError(f"{architecture.NAME}: {name}={value} must be from {low:g} to below {below:g}")

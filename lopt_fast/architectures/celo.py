@@ -15,7 +15,8 @@ from array_api_compat import array_namespace
 from ..operations import ModelTensors, Operations
 from ..reference import Array
 from .base import Arrays, Inputs, Theta, Update
-from .hyper import GRADIENT_CLIP, MixedMlp, add_loss, check_flags, init_loss_history, lstm_step
+from .checks import check_flags
+from .hyper import GRADIENT_CLIP, MixedMlp, add_loss, init_loss_history, lstm_step
 from .networks import fraction_left, linear
 
 SCHEDULE_INPUTS = 18

@@ -33,7 +33,8 @@ from ..operations.orthogonalise import COEFFICIENTS, newton_schulz, unit_rms
 from ..reference import RMS_EPSILON, Array, Epsilons
 from ..spec import Accumulates, Scale, SpecError
 from .base import Architecture, Arrays, Inputs, Theta, Update
-from .hyper import GRADIENT_CLIP, GROUPS, check_decays, check_numbers, check_sizes, init_theta
+from .checks import check_decays, check_numbers, check_sizes
+from .hyper import GRADIENT_CLIP, GROUPS, init_theta
 from .networks import constant, seen_fraction
 
 EPSILONS = Epsilons(rms=1e-8, diagonal_momentum=0.0, normaliser=1e-9)

@@ -20,7 +20,8 @@ from ..operations.adam import ADAM_AVERAGES
 from ..spec import Accumulates, SpecError
 from .base import Architecture, Arrays, Inputs, Theta, Update
 from .celo import SCHEDULE_INPUTS, init_schedule, learning_rate, schedule
-from .hyper import GRADIENT_CLIP, check_numbers, check_sizes, init_theta, lstm_shapes
+from .checks import check_numbers, check_sizes
+from .hyper import GRADIENT_CLIP, init_theta, lstm_shapes
 from .networks import constant, seen_fraction
 
 

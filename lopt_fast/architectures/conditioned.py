@@ -24,7 +24,7 @@ from ..operations import Decays, ElementMlp, ModelTensors, Operations, Result, S
 from ..reference import LOG_EPSILON, Array
 from ..spec import TIMESCALES, Accumulates
 from .base import Architecture, Arrays, Inputs, Theta
-from .hyper import check_decays, check_numbers, check_sizes
+from .checks import check_decays, check_numbers, check_sizes
 from .networks import constant, linear, log_magnitude
 
 GROUPS = ("g", "p", "log_abs_p", "m", "rms", "m_rsqrt_rms", "rsqrt_rms")

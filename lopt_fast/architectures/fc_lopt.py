@@ -21,7 +21,7 @@ from ..operations import Decays, ElementMlp, ModelTensors, Operations, Weights
 from ..reference import time_columns
 from ..spec import TIMESCALES, Accumulates
 from .base import Architecture, Arrays, Inputs, Theta, Update
-from .hyper import check_decays, check_numbers, check_sizes
+from .checks import check_decays, check_numbers, check_sizes
 from .networks import init_mlp, linear
 
 

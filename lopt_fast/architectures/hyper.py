@@ -10,7 +10,6 @@ Gradients are clipped to +-1000 first. The LSTM has one row for each tensor, or 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -22,6 +21,7 @@ from ..operations import Decays, ElementMlp, Weights
 from ..reference import Array, Epsilons
 from ..spec import Accumulates, SpecError
 from .base import Architecture, Arrays, Inputs, Theta
+from .checks import check_decays, check_numbers, check_sizes
 from .networks import LossHistory, init_linear, linear, lstm, relu
 
 GRADIENT_CLIP = 1000.0
@@ -169,38 +169,3 @@ def init_theta(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, np.nd
         else np.zeros(shape, np.float32)
         for name, shape in shapes.items()
     }
-
-
-def check_sizes(architecture: Architecture, *names: str) -> None:
-    """Raise SpecError unless these hyperparameters are positive integers."""
-    for name in names:
-        value = getattr(architecture, name)
-        if type(value) is not int or value < 1:
-            raise SpecError(f"{architecture.NAME}: {name}={value!r} must be a positive integer")
-
-
-def check_flags(architecture: Architecture, *names: str) -> None:
-    """Raise SpecError unless these hyperparameters are True or False."""
-    for name in names:
-        value = getattr(architecture, name)
-        if not isinstance(value, bool):
-            raise SpecError(f"{architecture.NAME}: {name}={value!r} must be True or False")
-
-
-def check_numbers(architecture: Architecture, *names: str) -> None:
-    """Raise SpecError unless these hyperparameters are finite numbers; integers become floats."""
-    for name in names:
-        value = getattr(architecture, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise SpecError(f"{architecture.NAME}: {name}={value!r} must be a finite number")
-        object.__setattr__(architecture, name, float(value))
-
-
-def check_decays(architecture: Architecture, name: str) -> None:
-    """Raise SpecError unless this hyperparameter is a tuple of decays; integers become floats."""
-    decays = tuple(float(b) for b in getattr(architecture, name))
-    if not decays or not all(0.0 <= b < 1.0 for b in decays):
-        raise SpecError(
-            f"{architecture.NAME}: {name}={decays}: give at least one decay, each from 0 to below 1"
-        )
-    object.__setattr__(architecture, name, decays)

@@ -24,7 +24,8 @@ from ..operations.adam import ADAM_AVERAGES
 from ..reference import Array
 from ..spec import Accumulates
 from .base import Arrays, Inputs, Theta, Update
-from .baseline import Baseline, as_scalar, check_range, zeros
+from .baseline import Baseline, as_scalar, zeros
+from .checks import check_range
 from .networks import seen_fraction
 
 

@@ -24,7 +24,7 @@ from ..operations.adam import ADAM_AVERAGES
 from ..reference import Array
 from ..spec import Accumulates, SpecError
 from .base import Architecture, Arrays, Inputs, Theta, Update
-from .hyper import check_numbers, check_sizes
+from .checks import check_numbers, check_sizes
 from .networks import constant, init_linear, linear, log_magnitude, lstm
 
 GRADIENT_CLIP = 1000.0

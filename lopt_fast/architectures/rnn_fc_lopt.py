@@ -23,8 +23,8 @@ from array_api_compat import array_namespace
 
 from ..operations import ModelTensors, Operations
 from .base import Arrays, Inputs, Theta, Update
+from .checks import check_sizes
 from .conditioned import TENSOR_FEATURES, ConditionedMlp
-from .hyper import check_sizes
 from .networks import init_linear, init_mlp, linear, lstm, truncated_normal
 
 

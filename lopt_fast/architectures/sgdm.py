@@ -16,7 +16,8 @@ from ..operations import ModelTensors, Operations
 from ..reference import Array, TensorState
 from ..spec import Accumulates
 from .base import Arrays, Inputs, Theta, Update
-from .baseline import Baseline, check_range
+from .baseline import Baseline
+from .checks import check_range
 
 
 class _Averages:

@@ -21,7 +21,8 @@ from ..operations import ModelTensors, Operations, Statistics
 from ..reference import Array
 from ..spec import SpecError
 from .base import Arrays, Inputs, Theta, Update
-from .hyper import GRADIENT_CLIP, MixedMlp, add_loss, check_flags, check_numbers, init_loss_history, lstm_step
+from .checks import check_flags, check_numbers
+from .hyper import GRADIENT_CLIP, MixedMlp, add_loss, init_loss_history, lstm_step
 from .networks import constant, fraction_left, linear, log_magnitude
 
 RANKS = 5
