@@ -76,6 +76,8 @@ Pool serial_pool();          // the calling thread alone
 Pool own_pool(int threads);  // std::thread workers, started at first use; threads <= 0: all processors
 // libgomp that the process has already loaded (PyTorch's); falls back to own_pool where there is none.
 Pool openmp_pool(int threads);
+// "serial", "own" or "openmp"; throws std::invalid_argument for another name.
+Pool named_pool(const char* name, int threads);
 
 // Seconds that a step spent in each pass: wall time where a pass runs on all threads, else the sum over the
 // threads divided by their number.

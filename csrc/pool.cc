@@ -19,6 +19,7 @@
 #include <exception>
 #include <mutex>
 #include <new>
+#include <stdexcept>
 #include <string>
 #include <thread>
 
@@ -248,6 +249,14 @@ Pool openmp_pool(int threads) {
   handle_forks();
   if (!find_openmp()) return own_pool(threads);
   return {reinterpret_cast<void*>(intptr_t(std::clamp(threads, 0, kMaxThreads))), openmp_threads, openmp_run};
+}
+
+Pool named_pool(const char* name, int threads) {
+  const std::string pool = name;
+  if (pool == "serial") return serial_pool();
+  if (pool == "own") return own_pool(threads);
+  if (pool == "openmp") return openmp_pool(threads);
+  throw std::invalid_argument("pool " + pool + ": must be serial, own or openmp");
 }
 
 }  // namespace lopt

@@ -13,9 +13,11 @@
 #include "csrc/core.h"
 #include "csrc/gpu_python.h"
 #include "csrc/gpu_test_hooks.h"
+#include "csrc/operations_python.h"
 #include "csrc/plan.h"
 #include "csrc/timing.h"
 #include "csrc/xla.h"
+#include "csrc/xla_operations.h"
 
 namespace py = pybind11;
 
@@ -32,12 +34,9 @@ Dtype dtype_of(const std::string& name) {
   throw std::invalid_argument("dtype " + name + ": the kernels take float32 and float64");
 }
 
-lopt::Pool pool_of(const std::string& name, int threads) {
-  if (name == "serial") return lopt::serial_pool();
-  if (name == "own") return lopt::own_pool(threads);
-  if (name == "openmp") return lopt::openmp_pool(threads);
-  throw std::invalid_argument("pool " + name + ": must be serial, own or openmp");
-}
+lopt::Pool pool_of(const std::string& name, int threads) { return lopt::named_pool(name.c_str(), threads); }
+
+py::capsule xla_handler(void* address) { return py::capsule(address, "xla._CUSTOM_CALL_TARGET"); }
 
 using LoopNumbers = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, bool, bool>;
 
@@ -138,15 +137,22 @@ PYBIND11_MODULE(_native, m) {
   m.attr("cuda_build") = LOPT_CUDA_BUILD;  // why lopt_fast._cuda was not built; empty: it was
 
   lopt::bind_plan(m);
+  lopt::bind_operations(m);
   lopt::bind_gpu(m);
   lopt::bind_gpu_test_hooks(m);
 
-  m.def("xla_handlers", [] {
+  m.def("xla_handlers", [] {  // of small_fc_lopt, by platform
     py::dict handlers;
-    auto handler = [](void* address) { return py::capsule(address, "xla._CUSTOM_CALL_TARGET"); };
-    handlers["cpu"] = handler(lopt::xla_small_fc_cpu_handler());
-    handlers["cuda"] = handler(lopt::xla_small_fc_gpu_handler());
-    handlers["emulator"] = handler(lopt::xla_small_fc_emulated_handler());
+    handlers["cpu"] = xla_handler(lopt::xla_small_fc_cpu_handler());
+    handlers["cuda"] = xla_handler(lopt::xla_small_fc_gpu_handler());
+    handlers["emulator"] = xla_handler(lopt::xla_small_fc_emulated_handler());
+    return handlers;
+  });
+  m.def("xla_operation_handlers", [] {  // by operation, on the CPU
+    py::dict handlers;
+    handlers["element_mlp"] = xla_handler(lopt::xla_element_mlp_handler());
+    handlers["adam"] = xla_handler(lopt::xla_adam_handler());
+    handlers["statistics"] = xla_handler(lopt::xla_statistics_handler());
     return handlers;
   });
   m.def("xla_set_device", [](const py::capsule& device) {  // as lopt_fast._cuda.device() gives it

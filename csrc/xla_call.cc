@@ -1,71 +1,12 @@
 #include "csrc/xla_call.h"
 
-#include <cstring>
-#include <exception>
-#include <stdexcept>
-#include <string>
+#include "csrc/xla_frame.h"
 
 namespace lopt::xla {
 namespace {
 
 constexpr int64_t kFormat = 1;
 constexpr int64_t kCallFields = 9, kRealFields = 3, kLeafFields = 17;
-
-void require(bool condition, const char* what) {
-  if (!condition) throw std::invalid_argument(what);
-}
-
-const Array& attribute(const CallFrame& frame, const char* name, int32_t dtype) {
-  for (int64_t i = 0; i < frame.attributes.size; ++i) {
-    const ByteSpan& found = *frame.attributes.names[i];
-    if (found.size != std::strlen(name) || std::memcmp(found.data, name, found.size) != 0) continue;
-    require(frame.attributes.types[i] == kArrayAttribute, "an attribute is not an array");
-    const auto& array = *static_cast<const Array*>(frame.attributes.values[i]);
-    require(array.dtype == dtype, "an attribute has the wrong type");
-    return array;
-  }
-  throw std::invalid_argument(std::string("attribute missing: ") + name);
-}
-
-// Bytes of an element, which must be a float32 or float64.
-size_t real_bytes(const Buffer& buffer) {
-  require(buffer.dtype == kF32 || buffer.dtype == kF64, "an operand is neither float32 nor float64");
-  return buffer.dtype == kF64 ? 8 : 4;
-}
-
-// The batch dimensions that vmap has put before every operand and result.
-struct Batch {
-  int64_t rank, size;
-  const int64_t* dims;
-
-  explicit Batch(const Buffer& theta) : rank(theta.rank - 1), size(1), dims(theta.dims) {
-    require(theta.rank >= 1, "meta-parameters must have rank 1 or more");
-    for (int64_t i = 0; i < rank; ++i) size *= dims[i];
-  }
-
-  // Elements of the buffer in each batch element.
-  int64_t elements(const Buffer& buffer) const {
-    require(buffer.rank >= rank, "an operand lacks batch dimensions");
-    int64_t own = 1;
-    for (int64_t i = 0; i < buffer.rank; ++i) {
-      if (i < rank) require(buffer.dims[i] == dims[i], "batch dimensions differ between operands");
-      if (i >= rank) own *= buffer.dims[i];
-    }
-    return own;
-  }
-
-  // The buffer, which must hold `wanted` elements in each batch element.
-  const Buffer& check(const Buffer& buffer, int64_t wanted) const {
-    require(elements(buffer) == wanted, "an operand has the wrong size");
-    return buffer;
-  }
-};
-
-Error* fail(const Api* api, int32_t code, const char* what) {
-  const std::string message = std::string("lopt_fast small_fc_step: ") + what;
-  ErrorCreate create{sizeof(ErrorCreate), nullptr, message.c_str(), code};
-  return api->error_create(&create);
-}
 
 }  // namespace
 
@@ -97,7 +38,7 @@ Call decode(const CallFrame& frame, bool with_scratch) {
     return *static_cast<const Buffer*>(frame.results.values[i]);
   };
 
-  const Batch batch(operand(2));
+  const Batch batch(operand(2), 1);
   const Buffer& count = batch.check(operand(0), 1);
   const Buffer& scalars = batch.check(operand(1), Call::kScalars);
   require(count.dtype == kS32, "count is not int32");
@@ -170,30 +111,6 @@ Call decode(const CallFrame& frame, bool with_scratch) {
     }
   }
   return call;
-}
-
-Error* respond(CallFrame* frame, uint32_t traits, void (*run)(const CallFrame& frame)) {
-  // Asked for metadata: claim the version of the runtime that asks, since the part of it used here never
-  // changed.
-  for (Extension* e = frame->extensions; e != nullptr; e = e->next) {
-    if (e->type != kMetadataExtension) continue;
-    Metadata* metadata = reinterpret_cast<MetadataExtension*>(e)->metadata;
-    metadata->version.major = 0;
-    metadata->version.minor = frame->api ? frame->api->version.minor : 1;
-    metadata->traits = traits;
-    return nullptr;
-  }
-  if (frame->stage != kExecute) return nullptr;
-  try {
-    run(*frame);
-  } catch (const std::invalid_argument& error) {
-    return fail(frame->api, kInvalidArgument, error.what());
-  } catch (const std::exception& error) {
-    return fail(frame->api, kInternal, error.what());
-  } catch (...) {
-    return fail(frame->api, kInternal, "unknown error");
-  }
-  return nullptr;
 }
 
 }  // namespace lopt::xla

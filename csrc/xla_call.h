@@ -65,8 +65,4 @@ struct Call {
 // Throws std::invalid_argument if the call does not fit.
 Call decode(const CallFrame& frame, bool with_scratch);
 
-// The body of a handler: answers a query for metadata with `traits`, runs `run` at the execution stage and
-// turns exceptions into XLA's errors.
-Error* respond(CallFrame* frame, uint32_t traits, void (*run)(const CallFrame& frame));
-
 }  // namespace lopt::xla

@@ -14,6 +14,7 @@
 #include "csrc/gpu.h"
 #include "csrc/xla.h"
 #include "csrc/xla_call.h"
+#include "csrc/xla_frame.h"
 
 namespace lopt {
 namespace {
@@ -86,7 +87,7 @@ void enqueue(const xla::CallFrame& frame, const GpuDevice& device, void* stream)
 std::atomic<const GpuDevice*> registered{nullptr};
 
 xla::Error* handle_device(xla::CallFrame* frame) {
-  return xla::respond(frame, xla::kCommandBufferCompatible, [](const xla::CallFrame& f) {
+  return xla::respond(frame, "small_fc_step", xla::kCommandBufferCompatible, [](const xla::CallFrame& f) {
     const GpuDevice* device = registered.load(std::memory_order_acquire);
     if (device == nullptr) throw std::runtime_error("no device has been set");
     enqueue(f, *device, stream_of(f));
@@ -94,7 +95,8 @@ xla::Error* handle_device(xla::CallFrame* frame) {
 }
 
 xla::Error* handle_emulated(xla::CallFrame* frame) {
-  return xla::respond(frame, 0, [](const xla::CallFrame& f) { enqueue(f, gpu_emulator(), nullptr); });
+  return xla::respond(frame, "small_fc_step", 0,
+                      [](const xla::CallFrame& f) { enqueue(f, gpu_emulator(), nullptr); });
 }
 
 }  // namespace

@@ -15,9 +15,12 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .spec import Spec
+
+if TYPE_CHECKING:
+    from .operations import ElementMlp
 
 
 class BackendError(RuntimeError):
@@ -117,12 +120,28 @@ def _nothing_missing(ordinal: int) -> str | None:
     return None
 
 
-def _any_spec(spec: Spec, dtype_name: str) -> str | None:
+def _any_spec(spec: Any, dtype_name: str) -> str | None:
     return None
+
+
+def _dtype_refused(dtype_name: str, dtype_names: tuple[str, ...]) -> str | None:
+    if dtype_name in dtype_names:
+        return None
+    return f"it takes {', '.join(dtype_names[:-1])} and {dtype_names[-1]}, not {dtype_name}"
 
 
 def _cpu_supports(spec: Spec, dtype_name: str) -> str | None:
     return _kernel_supports(spec, dtype_name, ("float32", "float64"))
+
+
+def _cpu_supports_any(spec: Any, dtype_name: str) -> str | None:
+    return _dtype_refused(dtype_name, ("float32", "float64"))
+
+
+def _cpu_supports_mlp(spec: ElementMlp, dtype_name: str) -> str | None:
+    from .native_operations import unsupported  # not at the top: it imports this module
+
+    return unsupported(spec) or _dtype_refused(dtype_name, ("float32", "float64"))
 
 
 def _gpu_supports(spec: Spec, dtype_name: str) -> str | None:
@@ -132,8 +151,8 @@ def _gpu_supports(spec: Spec, dtype_name: str) -> str | None:
 
 
 def _kernel_supports(spec: Spec, dtype_name: str, dtype_names: tuple[str, ...]) -> str | None:
-    if dtype_name not in dtype_names:
-        return f"it takes {', '.join(dtype_names[:-1])} and {dtype_names[-1]}, not {dtype_name}"
+    if reason := _dtype_refused(dtype_name, dtype_names):
+        return reason
     if spec.feature_set != "default":
         return f"it takes feature_set 'default', not {spec.feature_set!r}"
     counts = len(spec.momentum_decays), len(spec.rms_decays), len(spec.adafactor_decays)
@@ -151,10 +170,10 @@ class Backend:
     """Device types that it runs on; empty: all."""
     missing: Callable[[int], str | None]
     """None, or the reason why it cannot be used on this machine, on the device of this number."""
-    supports: Callable[[Spec, str], str | None]
+    supports: Callable[[Any, str], str | None]
     """None, or the reason why it cannot compute this specification in this dtype."""
 
-    def refusal(self, spec: Spec, device_type: str, dtype_name: str, ordinal: int = 0) -> str | None:
+    def refusal(self, spec: Any, device_type: str, dtype_name: str, ordinal: int = 0) -> str | None:
         """None if it can run, else the reason why not."""
         if self.devices and device_type not in self.devices:
             return f"it runs on {' and '.join(self.devices)}, these arrays are on {device_type}"
@@ -168,8 +187,21 @@ OPERATIONS: dict[str, tuple[Backend, ...]] = {
         Backend("cpu", ("cpu",), _cpu_missing, _cpu_supports),
         Backend("reference", (), _nothing_missing, _any_spec),
     ),
+    "element_mlp": (
+        Backend("cpu", ("cpu",), _cpu_missing, _cpu_supports_mlp),
+        Backend("reference", (), _nothing_missing, _any_spec),
+    ),
+    "adam": (
+        Backend("cpu", ("cpu",), _cpu_missing, _cpu_supports_any),
+        Backend("reference", (), _nothing_missing, _any_spec),
+    ),
+    "statistics": (
+        Backend("cpu", ("cpu",), _cpu_missing, _cpu_supports_any),
+        Backend("reference", (), _nothing_missing, _any_spec),
+    ),
 }
-"""Implementations of each operation, best first."""
+"""Implementations of each operation, best first. Its specification: `Spec` for small_fc_lopt, `ElementMlp` for
+element_mlp, None for the others."""
 
 BACKENDS: tuple[str, ...] = ("auto", *(b.name for b in OPERATIONS["small_fc_lopt"]))
 """What a `backend` argument may be."""
@@ -178,7 +210,7 @@ _warned: set[str] = set()
 
 
 def choose(
-    spec: Spec,
+    spec: Any,
     device_type: str,
     dtype_name: str,
     backend: str = "auto",
@@ -186,7 +218,7 @@ def choose(
     ordinal: int = 0,
     operation: str = "small_fc_lopt",
 ) -> str:
-    """Name of the implementation of `operation` to use.
+    """Name of the implementation of `operation` to use for this specification of it.
 
     `device_type` is PyTorch's or JAX's name ("cpu", "cuda", "gpu", "tpu", ...), `dtype_name` as "float32" that of the
     parameters, `ordinal` the number of the device.

@@ -12,7 +12,7 @@ import numpy as np
 from .backends import choose, native
 from .layout import Loops, dense_strides, factored_dims, loops, memory_order
 from .reference import TensorState, flatten_theta
-from .spec import Spec
+from .spec import Accumulates, Spec
 
 DTYPES = ("float32", "float64")
 """Names of the types that the kernels take."""
@@ -69,33 +69,31 @@ class Placement:
             return -(-n // 8) * 8
         return n + 1040 if n >= 1 << 18 else n
 
-    def state_layouts(self, spec: Spec) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    def state_layouts(self, spec: Accumulates) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
         """(shape, strides in elements) of each array of `TensorState` that `spec` and the shape use.
 
         The decays outermost, then the parameter's memory order without the axis that is averaged away. Dense, but for
         the distance of the momenta: see `momentum_stride`.
         """
 
-        def layout(
-            decays: tuple[float, ...], without: int | None = None
-        ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        def layout(count: int, without: int | None = None) -> tuple[tuple[int, ...], tuple[int, ...]]:
             kept = [axis for axis in range(len(self.shape)) if axis != without]
             shape = tuple(self.shape[axis] for axis in kept)
             order = [kept.index(axis) for axis in self.order if axis != without]
-            return (len(decays), *shape), (math.prod(shape), *dense_strides(shape, order))
+            return (count, *shape), (math.prod(shape), *dense_strides(shape, order))
 
         found: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
-        if spec.uses_momentum:
-            shape, strides = layout(spec.momentum_decays)
+        if spec.momenta:
+            shape, strides = layout(spec.momenta)
             found["momentum"] = shape, (self.momentum_stride, *strides[1:])
-        if spec.uses_second_moment:
-            found["second_moment"] = layout(spec.rms_decays)
-        if spec.uses_factored:
+        if spec.second_moments:
+            found["second_moment"] = layout(spec.second_moments)
+        if spec.factored_moments:
             d1, d0 = factored_dims(self.shape) or (None, None)
-            found["factored_row"] = layout(spec.adafactor_decays, without=d0)
+            found["factored_row"] = layout(spec.factored_moments, without=d0)
             if d0 is not None:
-                found["factored_column"] = layout(spec.adafactor_decays, without=d1)
-        if spec.statistics == "lagged":
+                found["factored_column"] = layout(spec.factored_moments, without=d1)
+        if isinstance(spec, Spec) and spec.statistics == "lagged":
             found["mean_squares"] = (len(spec.normalised_columns),), (1,)
         return found
 

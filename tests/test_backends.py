@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lopt_fast import backends
+from lopt_fast.architectures.celo import Celo
 from lopt_fast.backends import BACKENDS, BackendError, BackendWarning, choose, native, table
 from lopt_fast.spec import Spec
 
@@ -230,6 +231,17 @@ def test_other_devices_import_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose(SPEC, "cpu", "float32") == "cpu"
 
 
+@pytest.mark.usefixtures("core_is_there")
+def test_operations_have_specifications_of_their_own() -> None:
+    mlp = Celo().mlp
+    assert choose(mlp, "cpu", "float32", operation="element_mlp") == "cpu"
+    assert choose(None, "cpu", "float64", operation="adam") == "cpu"
+    with pytest.raises(BackendError, match="hidden_size 1 to 256, not 300"):
+        choose(replace(mlp, hidden_size=300), "cpu", "float32", "cpu", operation="element_mlp")
+    with pytest.raises(BackendError, match="float32 and float64, not bfloat16"):
+        choose(None, "cpu", "bfloat16", "cpu", operation="statistics")
+
+
 def test_unknown_backend() -> None:
     with pytest.raises(
         BackendError, match="backend='gpu': must be one of auto, cuda, triton, cpu, reference"
@@ -239,7 +251,14 @@ def test_unknown_backend() -> None:
 
 def test_table_has_every_implementation() -> None:
     rows = table()
-    assert [(r.operation, r.backend) for r in rows] == [("small_fc_lopt", b) for b in BACKENDS if b != "auto"]
+    assert [(r.operation, r.backend) for r in rows] == [
+        *(("small_fc_lopt", b) for b in BACKENDS if b != "auto"),
+        *(
+            (operation, b)
+            for operation in ("element_mlp", "adam", "statistics")
+            for b in ("cpu", "reference")
+        ),
+    ]
     assert {row.backend: row.reason for row in rows}["reference"] is None
 
 

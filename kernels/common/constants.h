@@ -11,6 +11,8 @@ constexpr double kFactorFloor = 1e-9;     // rsqrt(max(factor, ...))
 constexpr double kDiagonalEpsilon = 1e-9;    // g * rsqrt(v + ...) where not factored
 constexpr double kFactorEpsilon = 1e-8;      // rsqrt(row + ...), rsqrt(column + ...)
 constexpr double kNormaliserEpsilon = 1e-5;  // x * rsqrt(mean x^2 + ...)
+constexpr double kLogEpsilon = 1e-8;         // log(|p| + ...)
+constexpr double kGradientBound = 0.1;       // of the column clip_g
 constexpr double kLaggedClip = 10.0;         // bound on a column that is normalised with lagged statistics
 constexpr double kClipEpsilon = 1e-6;        // max_norm / (norm + ...), as torch.nn.utils.clip_grad_norm_
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..architectures import Architecture
 from ..backends import cuda
 from ..native import DTYPES, flat_theta
 from ..spec import Spec
@@ -47,7 +48,7 @@ def capturing(device: torch.device) -> bool:
 class Memory:
     """What plans share and captured graphs may refer to: kept as long as the optimizer, whatever becomes of a plan."""
 
-    def __init__(self, spec: Spec, theta: Mapping[str, Any]) -> None:
+    def __init__(self, spec: Spec | Architecture, theta: Mapping[str, Any]) -> None:
         self.spec, self.theta = spec, theta
         self._flat: dict[torch.device, torch.Tensor] = {}
         self._named: dict[tuple[torch.device, torch.dtype], dict[str, torch.Tensor]] = {}
@@ -57,6 +58,7 @@ class Memory:
     def flat_theta(self, device: torch.device) -> torch.Tensor:
         """The meta-parameters as GPU kernels take them."""
         if device not in self._flat:
+            assert isinstance(self.spec, Spec)
             flat = flat_theta(self.spec, self.theta)["float32"]
             self._flat[device] = torch.tensor(flat, dtype=torch.float32, device=device)
         return self._flat[device]

@@ -3,37 +3,48 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
+from ..architectures import Architecture
 from ..backends import BackendError
 from ..checkpoint import Checkpoint, load
-from ..spec import Statistics
+from ..spec import Spec, Statistics
+from . import architecture_plan
+from .architecture_plan import SHARED, ArchitecturePlan
 from .device import Memory
-from .plan import Plan, check_parameters, named_parameters
+from .plan import Plan, named_parameters
 from .scalars import check_norm, hyperparameters, on_host
 from .shares import MLP_VARIANTS
-from .state import Home, Options, backend_of, check_state_dtype, checked_state, dtype_name
+from .state import Options, backend_of, check_state_dtype, dtype_name
 
 _PICKLED = ("checkpoint", "spec", "max_grad_norm", "num_steps", "backend", "state_dtype", "mlp")
 
 
 class LearnedOptimizer(Optimizer):
-    """A meta-trained optimizer, `small_fc_lopt` of Metz et al. 2022 (arXiv 2203.11860), as a `torch.optim.Optimizer`.
+    """A meta-trained optimizer as a `torch.optim.Optimizer`: any of `lopt_fast.architectures`.
 
     Each parameter moves by ``-lr * (step + weight_decay * p)``; `step` comes from a small network whose inputs are
-    running averages of the gradient. float32 and float64 parameters of any strides, on devices other than the CPU
-    bfloat16 and float16 as well, on several devices, mixed as you like; the gradient has the type of its parameter.
+    running averages of the gradient, and in most architectures from a network that sees the tensors of the model, how
+    the loss goes and how far the training is: these need ``step(loss=loss)``, `num_steps`, or both. float32 and float64
+    parameters of any strides, on devices other than the CPU bfloat16 and float16 as well, mixed as you like; the
+    gradient has the type of its parameter.
 
-    State of a parameter of shape S, created at its first gradient, lying in memory in the parameter's own order of
-    axes: ``step`` (int64 scalar, the steps taken), ``momentum`` (3, *S), ``second_moment`` (1, *S),
-    ``factored_row`` (3, *S without its largest axis), ``factored_column`` (3, *S without its second-largest axis;
-    below rank 2 there is none and `factored_row` is (3, *S)), and for lagged statistics ``mean_squares`` (28,).
+    State of a parameter of shape S for `small_fc_lopt` (Metz et al. 2022, arXiv 2203.11860), the default, created at
+    its first gradient, lying in memory in the parameter's own order of axes: ``step`` (int64 scalar, the steps taken),
+    ``momentum`` (3, *S), ``second_moment`` (1, *S), ``factored_row`` (3, *S without its largest axis),
+    ``factored_column`` (3, *S without its second-largest axis; below rank 2 there is none and `factored_row` is
+    (3, *S)), and for lagged statistics ``mean_squares`` (28,). Parameters may lie on several devices.
+
+    Of other architectures: those of these averages that it has, and the parameter's row of the tensor-level state.
+    Empty parameters have none. The state of the whole model is the dict ``param_groups[0]["shared"]``, with ``step``,
+    the steps in which any parameter had a gradient. All parameters must be on one device, as the network sees them
+    together. A step waits for no device other than the CPU; it cannot be captured into a CUDA graph.
 
     With GPU kernels (backends "cuda" and "triton") ``step`` lies on the device, and the host waits for nothing in a
     step: a learning rate, a weight decay and what `torch.amp.GradScaler` gives are read by the kernels where they are
@@ -51,6 +62,7 @@ class LearnedOptimizer(Optimizer):
         max_grad_norm: bound on the norm of all gradients of a step together, None for none. May be changed later.
         backend: "auto", or "cuda", "triton", "cpu" or "reference" to force one; `backends` tells what is used.
         num_steps: length of the training, for optimizers that know their horizon; `small_fc_lopt` does not use it.
+            The state may be loaded with another one, to train longer: with a UserWarning, as the schedule stretches.
         state_dtype: of momentum and second moment; None: float32, or float64 where the parameter is. GPU kernels take
             torch.bfloat16 as well, rounded stochastically and reproducibly: half the state.
         mlp: how GPU kernels compute the network: "automatic" for the width, "elementwise", "matmul" on tensor cores
@@ -82,7 +94,9 @@ class LearnedOptimizer(Optimizer):
         self.checkpoint = load(optimizer)
         self.spec = self.checkpoint.spec
         if statistics is not None:
-            self.spec = replace(self.spec, statistics=statistics)
+            self.spec = self.spec.with_statistics(statistics)
+        if isinstance(self.spec, Architecture):
+            architecture_plan.check_num_steps(self.spec, num_steps)
         self.max_grad_norm = max_grad_norm
         check_norm(max_grad_norm)
         check_state_dtype(state_dtype)
@@ -90,16 +104,18 @@ class LearnedOptimizer(Optimizer):
             raise ValueError(f"mlp={mlp!r}: must be one of {', '.join(MLP_VARIANTS)}")
         self.backend, self.state_dtype, self.mlp = backend, state_dtype, mlp
         self.num_steps = num_steps
-        self._plan: Plan | None = None
+        self._plan: Plan | ArchitecturePlan | None = None
         self._memory = Memory(self.spec, self.checkpoint.theta)
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        if isinstance(self.spec, Architecture):
+            architecture_plan.create_shared(self._options(), self._memory, self.param_groups, num_steps)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, with its own `lr` and `weight_decay` if given. Raises as the constructor."""
         super().add_param_group(param_group)
         try:
             hyperparameters(self.param_groups, read_devices=True)
-            check_parameters(self._options(), self.param_groups)
+            _plan_type(self.spec).check(self._options(), self.param_groups)
         except BaseException:
             self.param_groups.pop()
             raise
@@ -111,34 +127,53 @@ class LearnedOptimizer(Optimizer):
     ) -> torch.Tensor | float | None:
         """One step on every parameter that has a gradient; returns the loss of `closure`, or `loss`.
 
-        `loss` is for optimizers that look at it; `small_fc_lopt` does not.
-        Raises ValueError, naming the parameter, for a gradient that cannot be used. Nothing has been written then.
+        `loss` is for architectures that look at the training loss; `small_fc_lopt` does not. It is the one of these
+        gradients, not scaled by a `torch.amp.GradScaler`; a tensor on a device is read there.
+        Raises ValueError, naming the parameter, for a gradient that cannot be used, and if there is no loss where it is
+        needed. Nothing has been written then.
         """
         if closure is not None:
             if loss is not None:
                 raise ValueError("step() takes a closure or a loss, not both")
             with torch.enable_grad():
                 loss = closure()
-        self._update()
+        self._update(loss)
         return loss
 
+    @torch.no_grad()
+    @torch._disable_dynamo
+    def observe_validation(self, loss: torch.Tensor | float) -> None:
+        """Tell the optimizer a loss on validation data, whenever there is one; most architectures do not look at it.
+
+        Raises ValueError unless it is one real number.
+        """
+        if isinstance(self.spec, Architecture):
+            architecture_plan.check_number(loss)
+            architecture_plan.observe_validation(self._options(), self._memory, self.param_groups, loss)
+
     @torch._disable_dynamo  # the plan works on addresses, which a traced tensor does not have
-    def _update(self) -> None:
+    def _update(self, loss: Any) -> None:
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         if found_inf is not None and on_host(found_inf) and float(found_inf) > 0.0:
             return
         check_norm(self.max_grad_norm)
+        steps = True
+        if isinstance(self.spec, Architecture):
+            architecture_plan.check_num_steps(self.spec, self.num_steps)
+            steps = architecture_plan.check_loss(self.spec, loss, self.param_groups)
         options = self._options()
         for _ in range(2):
             if self._plan is None or self._plan.options != options:
                 hyperparameters(self.param_groups, read_devices=False)
-                self._plan = Plan(options, self._memory, self.param_groups, self.state)
-            if self._plan.step(self.param_groups, self.state, grad_scale, found_inf, self.max_grad_norm):
+                self._plan = _plan_type(self.spec)(options, self._memory, self.param_groups, self.state)
+            if not steps or self._plan.step(
+                self.param_groups, self.state, grad_scale, found_inf, self.max_grad_norm, loss, self.num_steps
+            ):
                 return
             self._plan = None
         raise RuntimeError("parameters, gradients or state change while step() looks at them")
 
-    def _options(self) -> Options:
+    def _options(self) -> Options[Any]:
         return Options(self.spec, self.backend, self.state_dtype, self.mlp, self._schedule)
 
     @property
@@ -155,7 +190,12 @@ class LearnedOptimizer(Optimizer):
             used = ", ".join(f"{kind}: {backend}" for kind, backend in self.backends.items())
         except BackendError as error:
             used = str(error)
-        return f"{super().__repr__()[:-1]}backends: {used}\n)"
+        first = self.param_groups[0]
+        shared = {SHARED: first.pop(SHARED)} if SHARED in first else {}  # arrays, not to be shown
+        try:
+            return f"{super().__repr__()[:-1]}backends: {used}\n)"
+        finally:
+            first.update(shared)
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -169,6 +209,21 @@ class LearnedOptimizer(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
+        if isinstance(self.spec, Architecture):
+            self._take_over_num_steps(self.spec)
+
+    def _take_over_num_steps(self, architecture: Architecture) -> None:
+        """What counts from now on is the num_steps of this optimizer, not that of the loaded state."""
+        shared = self.param_groups[0][SHARED]
+        saved, shared["num_steps"] = shared["num_steps"], self.num_steps
+        if saved != self.num_steps and architecture.needs_num_steps:
+            warnings.warn(
+                f"num_steps={self.num_steps}, but the loaded state was saved with num_steps={saved}: the schedule "
+                "stretches. From the next step on, the fraction of the training that is left is computed from the new "
+                f"num_steps. Pass num_steps={saved} to go on as before.",
+                UserWarning,
+                stacklevel=3,
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{name: getattr(self, name) for name in _PICKLED}}
@@ -178,17 +233,19 @@ class LearnedOptimizer(Optimizer):
         merged = {**self.__dict__, **state}
         hyperparameters(merged["param_groups"], read_devices=True)
         spec = merged["spec"]
-        options = Options(spec, merged["backend"], merged["state_dtype"], merged["mlp"])
-        loaded: defaultdict[Any, Any] = defaultdict(dict)
-        for p, entries in merged["state"].items():
-            loaded[p] = entries.entries if isinstance(entries, _Kept) else entries
-        for _, name, p in named_parameters(merged["param_groups"]):
-            if loaded.get(p):
-                loaded[p] = checked_state(spec, Home.of(options, name, p), name, p, loaded[p], copy=True)
-        super().__setstate__({**state, "state": loaded})
-        self._plan = None
-        if "_memory" not in self.__dict__:
-            self._memory = Memory(self.spec, self.checkpoint.theta)
+        options: Options[Any] = Options(spec, merged["backend"], merged["state_dtype"], merged["mlp"])
+        memory = merged.get("_memory") or Memory(spec, merged["checkpoint"].theta)
+        given = {
+            p: entries.entries if isinstance(entries, _Kept) else entries
+            for p, entries in merged["state"].items()
+        }
+        groups, loaded = _plan_type(spec).loaded(options, memory, merged["param_groups"], given)
+        super().__setstate__({**state, "state": defaultdict(dict, loaded), "param_groups": groups})
+        self._plan, self._memory = None, memory
+
+
+def _plan_type(spec: Spec | Architecture) -> type[Plan] | type[ArchitecturePlan]:
+    return Plan if isinstance(spec, Spec) else ArchitecturePlan
 
 
 class _Kept:

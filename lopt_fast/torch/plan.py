@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..architectures import Architecture
 from ..native import overlaps
+from ..spec import Spec
 from . import device
 from .scalars import Groups, Number, clip_factor, hyperparameters, moved, on_host
 from .shares import CpuShare, GpuShare, Numbers, Planned, ReferenceShare, Share, State, TritonShare
@@ -30,7 +32,7 @@ def named_parameters(groups: Groups) -> Iterator[tuple[int, str, torch.Tensor]]:
             yield i, f"parameter {name} (shape {tuple(p.shape)})", p
 
 
-def check_parameters(options: Options, groups: Groups) -> list[Planned]:
+def check_parameters(options: Options[Spec | Architecture], groups: Groups) -> list[Planned]:
     """Raise ValueError or BackendError, naming the parameter, unless all of them can be optimized."""
     seen: set[int] = set()
     memory: list[tuple[int, int, str]] = []
@@ -88,7 +90,7 @@ def check_gradient(name: str, p: torch.Tensor) -> None:
         )
 
 
-def prepare(options: Options, groups: Groups, state: State) -> list[Planned]:
+def prepare(options: Options[Spec], groups: Groups, state: State) -> list[Planned]:
     """Check parameters, gradients and state, then create and move state where that is needed.
 
     Raises ValueError or BackendError, with nothing written, if a check fails.
@@ -117,7 +119,7 @@ class Plan:
     gradient and moves state whose parameter has moved. Raises ValueError, with nothing written, if a check fails.
     """
 
-    def __init__(self, options: Options, memory: device.Memory, groups: Groups, state: State) -> None:
+    def __init__(self, options: Options[Spec], memory: device.Memory, groups: Groups, state: State) -> None:
         for where in {p.device for _, _, p in named_parameters(groups)}:
             if device.capturing(where):
                 raise RuntimeError(
@@ -140,6 +142,23 @@ class Plan:
         if self._has_reference:
             self._shares.append(ReferenceShare(options, memory, everything, state))
 
+    @staticmethod
+    def check(options: Options[Spec], groups: Groups) -> None:
+        """Raise ValueError or BackendError, naming the parameter, unless all of them can be optimized."""
+        check_parameters(options, groups)
+
+    @staticmethod
+    def loaded(
+        options: Options[Spec], memory: device.Memory, groups: Groups, state: State
+    ) -> tuple[Groups, State]:
+        """Groups and state as loaded, checked and copied. Raises ValueError, naming the parameter."""
+        copies = {
+            p: checked_state(options.spec, Home.of(options, name, p), name, p, state[p], copy=True)
+            for _, name, p in named_parameters(groups)
+            if state.get(p)
+        }
+        return groups, {**state, **copies}
+
     def step(
         self,
         groups: Groups,
@@ -147,11 +166,14 @@ class Plan:
         grad_scale: Any,
         found_inf: Any,
         max_grad_norm: float | None,
+        loss: Any,
+        num_steps: int | None,
     ) -> bool:
         """One step over all parameters that have a gradient. False, with nothing written, if a new plan is needed.
 
         Gradients are divided by `grad_scale`, a number or a tensor of one element or None; nothing happens where
-        `found_inf` is not 0. Raises ValueError, with nothing written, for values out of range.
+        `found_inf` is not 0. `loss` and `num_steps` are not used. Raises ValueError, with nothing written, for values
+        out of range.
         """
         host = any(share.on_host for share in self._shares)
         if found_inf is not None and (host or on_host(found_inf)):

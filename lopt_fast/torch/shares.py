@@ -15,6 +15,7 @@ import torch
 from .. import reference
 from ..backends import native
 from ..native import flat_theta, kernel_spec
+from ..spec import Spec
 from . import device
 from .scalars import Number, moved
 from .state import Home, Options, dtype_name
@@ -101,7 +102,7 @@ class CpuShare(Share):
     on_host = True
 
     def __init__(
-        self, options: Options, memory: device.Memory, everything: list[Planned], state: State
+        self, options: Options[Spec], memory: device.Memory, everything: list[Planned], state: State
     ) -> None:
         self._theta = flat_theta(options.spec, memory.theta)  # the plan holds their addresses
         self.native = native().Plan(
@@ -131,7 +132,7 @@ class GpuShare(Share):
 
     def __init__(
         self,
-        options: Options,
+        options: Options[Spec],
         memory: device.Memory,
         everything: list[Planned],
         state: State,
@@ -203,7 +204,7 @@ class TritonShare(Share):
 
     def __init__(
         self,
-        options: Options,
+        options: Options[Spec],
         memory: device.Memory,
         everything: list[Planned],
         state: State,
@@ -281,7 +282,7 @@ class ReferenceShare(Share):
     on_host = True
 
     def __init__(
-        self, options: Options, memory: device.Memory, everything: list[Planned], state: State
+        self, options: Options[Spec], memory: device.Memory, everything: list[Planned], state: State
     ) -> None:
         self._spec, self._memory, self._state = options.spec, memory, state
         self._planned = [planned for planned in everything if planned[3].backend == "reference"]

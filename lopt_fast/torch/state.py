@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import torch
 
+from ..architectures import Architecture
 from ..backends import BackendError, choose
 from ..native import Placement
-from ..spec import Spec
+from ..spec import Accumulates, Spec
+from .operations import operations_backend
 
 Layout: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 """Shape, strides in elements, type."""
@@ -19,10 +21,13 @@ _HALF = (torch.bfloat16, torch.float16)
 _GPU_STATE = (torch.float32, torch.bfloat16)
 
 
-class Options(NamedTuple):
+S = TypeVar("S", bound=Spec | Architecture, covariant=True)
+
+
+class Options(NamedTuple, Generic[S]):
     """What decides the backend of a parameter, how its state lies and how kernels are called; compared at each step."""
 
-    spec: Spec
+    spec: S
     backend: str = "auto"
     state_dtype: torch.dtype | None = None
     mlp: str = "automatic"
@@ -34,8 +39,10 @@ def dtype_name(p: torch.Tensor) -> str:
     return str(p.dtype).removeprefix("torch.")
 
 
-def backend_of(options: Options, p: torch.Tensor) -> str:
+def backend_of(options: Options[Spec | Architecture], p: torch.Tensor) -> str:
     """Name of the backend that updates `p`. Raises BackendError if a forced one cannot."""
+    if not isinstance(options.spec, Spec):
+        return operations_backend(options.spec, p.device.type, dtype_name(p), options.backend)
     return choose(options.spec, p.device.type, dtype_name(p), options.backend, ordinal=p.device.index or 0)
 
 
@@ -52,7 +59,7 @@ class Home:
     """Of all other accumulators."""
 
     @classmethod
-    def of(cls, options: Options, name: str, p: torch.Tensor) -> Home:
+    def of(cls, options: Options[Spec | Architecture], name: str, p: torch.Tensor) -> Home:
         """Raises BackendError, naming the parameter, if its backend does not take `state_dtype` or `mlp`."""
         backend, wanted = backend_of(options, p), options.state_dtype
         if backend == "triton" and options.mlp == "matmul_bfloat16":
@@ -72,8 +79,8 @@ class Home:
     def placement(self, p: torch.Tensor) -> Placement:
         return Placement.of(p.shape, p.stride(), self.on_gpu)
 
-    def layouts(self, spec: Spec, p: torch.Tensor) -> dict[str, Layout]:
-        """Of each array of the state of `p`, but for `step`."""
+    def layouts(self, spec: Accumulates, p: torch.Tensor) -> dict[str, Layout]:
+        """Of each accumulator of `p`."""
         averages = ("momentum", "second_moment")
         return {
             key: (shape, strides, self.averages if key in averages else self.sums)
@@ -108,31 +115,44 @@ def checked_state(
     """
     layouts = home.layouts(spec, p)
     expected = {"step", *layouts}
-    if state.keys() != expected:
-        missing, extra = sorted(expected - state.keys()), sorted(map(str, state.keys() - expected))
-        hint = "load a state that was saved with the same weights, architecture and statistics"
-        if {*missing, *extra} == {"mean_squares"}:
-            hint = (
-                f"it was not saved with statistics={spec.statistics!r}; pass the statistics it was saved with"
-            )
-        raise ValueError(f"state of {name}: missing {missing}, unknown {extra}: {hint}")
-    result: dict[str, Any] = {"step": _checked_step(name, state["step"], home.step_device(p), copy)}
+    hint = "load a state that was saved with the same weights, architecture and statistics"
+    if expected ^ state.keys() == {"mean_squares"}:
+        hint = f"it was not saved with statistics={spec.statistics!r}; pass the statistics it was saved with"
+    what = f"state of {name}"
+    check_keys(what, expected, state, hint)
+    step = checked_step(what, state["step"], home.step_device(p), copy)
+    return {"step": step, **checked_arrays(what, layouts, p.device, state, copy)}
+
+
+def check_keys(what: str, expected: Iterable[str], state: Mapping[str, Any], hint: str) -> None:
+    """Raise ValueError unless `state` has exactly the entries `expected`."""
+    missing, extra = sorted(set(expected) - state.keys()), sorted(map(str, state.keys() - set(expected)))
+    if missing or extra:
+        raise ValueError(f"{what}: missing {missing}, unknown {extra}: {hint}")
+
+
+def checked_arrays(
+    what: str, layouts: Mapping[str, Layout], device: torch.device, state: Mapping[str, Any], copy: bool
+) -> dict[str, torch.Tensor]:
+    """Those entries of `state` that `layouts` names, as it says and on `device`; see `checked_state`."""
+    result = {}
     for key, (shape, strides, dtype) in layouts.items():
         value = state[key]
         if not isinstance(value, torch.Tensor) or tuple(value.shape) != shape:
             found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
             raise ValueError(
-                f"state of {name}: {key!r} is {found}, expected shape {shape}: "
+                f"{what}: {key!r} is {found}, expected shape {shape}: "
                 "load a state that was saved for the same model and weights"
             )
         laid_out = all(n <= 1 or a == b for n, a, b in zip(shape, value.stride(), strides, strict=True))
-        if copy or value.dtype != dtype or value.device != p.device or not (laid_out or value.numel() == 0):
-            value = torch.empty_strided(shape, strides, dtype=dtype, device=p.device).copy_(value)
+        if copy or value.dtype != dtype or value.device != device or not (laid_out or value.numel() == 0):
+            value = torch.empty_strided(shape, strides, dtype=dtype, device=device).copy_(value)
         result[key] = value
     return result
 
 
-def _checked_step(name: str, step: Any, device: torch.device, copy: bool) -> torch.Tensor:
+def checked_step(what: str, step: Any, device: torch.device, copy: bool) -> torch.Tensor:
+    """A number of steps as an int64 tensor on `device`; itself reused where it is, but for `copy`."""
     in_place = (
         isinstance(step, torch.Tensor)
         and step.dtype == torch.int64
@@ -145,5 +165,5 @@ def _checked_step(name: str, step: Any, device: torch.device, copy: bool) -> tor
     count = step.item() if isinstance(step, torch.Tensor) and step.numel() == 1 else step
     is_count = isinstance(count, (int, float)) and 0 <= count < 2**62 and count == int(count)
     if not is_count or isinstance(count, bool):
-        raise ValueError(f"state of {name}: 'step' must be one number of steps, not {step!r}")
+        raise ValueError(f"{what}: 'step' must be one number of steps, not {step!r}")
     return step if in_place else torch.tensor(int(count), device=device)

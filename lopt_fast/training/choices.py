@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..checkpoint import Checkpoint, load
-from ..spec import Statistics
+from ..spec import SpecError, Statistics
 
 BASELINES: dict[str, tuple[float, float]] = {"adamw": (1e-3, 0.01), "sgdm": (1e-2, 0.0)}
 """Hand-designed optimizers: learning rate and weight decay if none are given. Momentum of `sgdm`: 0.9."""
@@ -47,8 +47,9 @@ class Choice:
 def parse(text: str, lr: float | None = None, statistics: Statistics | None = None) -> Choice:
     """A Choice from NAME[:best][@key=value,...] with the keys lr, weight_decay, statistics.
 
-    NAME is a baseline, the name of shipped weights or the path of a checkpoint. `lr` and `statistics` are what holds
-    where the text does not say. Raises TrainingError, or CheckpointError for weights that cannot be loaded.
+    NAME is a baseline, the name of shipped weights or of an architecture that has none, or the path of a checkpoint.
+    `lr` and `statistics` are what holds where the text does not say. Raises TrainingError, or CheckpointError for
+    weights that cannot be loaded.
     """
     match = _TEXT.match(text)
     if match is None:
@@ -61,6 +62,8 @@ def parse(text: str, lr: float | None = None, statistics: Statistics | None = No
         raise TrainingError(f"optimizer {text!r}: either :best or lr=")
     default_lr, default_decay = BASELINES.get(name, (1.0, 0.0))
     chosen = _statistics(text, options.get("statistics")) or statistics if checkpoint else None
+    if checkpoint is not None:
+        _check_statistics(text, checkpoint, chosen)
     label = (
         text
         if checkpoint is None or not name.endswith(".safetensors")
@@ -77,6 +80,13 @@ def parse(text: str, lr: float | None = None, statistics: Statistics | None = No
         statistics=chosen,
         search=(_GRIDS["learned"] if checkpoint else _GRIDS[name]) if match["best"] else (),
     )
+
+
+def _check_statistics(text: str, checkpoint: Checkpoint, statistics: Statistics | None) -> None:
+    try:
+        checkpoint.spec.with_statistics(statistics)
+    except SpecError as error:
+        raise TrainingError(f"optimizer {text!r}: {error}") from error
 
 
 def _options(text: str, options: str | None) -> dict[str, str]:

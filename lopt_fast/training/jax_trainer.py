@@ -19,39 +19,40 @@ Params = Any
 
 
 class JaxTrainer:
-    """Implements `loop.Trainer`."""
+    """Implements `loop.Trainer`. `steps` is the length of the training."""
 
-    def __init__(self, problem: Problem, choice: Choice, seed: int, batch_size: int) -> None:
+    def __init__(self, problem: Problem, choice: Choice, seed: int, batch_size: int, steps: int) -> None:
         init, loss = _functions(problem)
         self._problem, self._seed, self._batch_size = problem, seed, batch_size
         self._params: Params = jax.jit(init)(jax.random.key(seed))
-        transformation = _transformation(choice)
+        transformation = _transformation(choice, steps)
         self._state = jax.jit(transformation.init)(self._params)
         self.parameters = sum(p.size for p in jax.tree.leaves(self._params))
 
-        def update(params: Params, state: Any, gradient: Params) -> tuple[Params, Any]:
+        def update(params: Params, state: Any, gradient: Params, loss: jax.Array) -> tuple[Params, Any]:
             if hasattr(transformation, "step"):  # ours: writes the new parameters, no update in between
-                return transformation.step(gradient, state, params)
+                return transformation.step(gradient, state, params, value=loss)
             updates, state = transformation.update(gradient, state, params)
             return optax.apply_updates(params, updates), state
 
         # Compiled here, so that no step waits for it.
         self._gradient_of = jax.jit(jax.value_and_grad(loss)).lower(self._params, self._batch(0)).compile()
-        self._update = (
-            jax.jit(update, donate_argnums=(0, 1)).lower(self._params, self._state, self._params).compile()
-        )
+        arguments = self._params, self._state, self._params, jnp.zeros(())
+        self._update = jax.jit(update, donate_argnums=(0, 1)).lower(*arguments).compile()
 
     def _batch(self, step: int) -> Any:
         arrays = self._problem.batch(np.random.default_rng((self._seed, step)), self._batch_size)
         return _as_jax(arrays)
 
     def gradient(self, step: int) -> float:
-        loss, self._gradient = jax.block_until_ready(self._gradient_of(self._params, self._batch(step)))
-        return float(loss)
+        self._current, self._gradient = jax.block_until_ready(
+            self._gradient_of(self._params, self._batch(step))
+        )
+        return float(self._current)
 
     def update(self) -> None:
         self._params, self._state = jax.block_until_ready(
-            self._update(self._params, self._state, self._gradient)
+            self._update(self._params, self._state, self._gradient, self._current)
         )
 
     def state_bytes(self) -> int:
@@ -63,10 +64,10 @@ def _as_jax(batch: tuple[np.ndarray, ...]) -> Any:
     return arrays[0] if len(arrays) == 1 else arrays
 
 
-def _transformation(choice: Choice) -> Any:
+def _transformation(choice: Choice, steps: int) -> Any:
     if choice.checkpoint is not None:
         return learned_optimizer(
-            choice.checkpoint, choice.lr, choice.weight_decay, statistics=choice.statistics
+            choice.checkpoint, choice.lr, choice.weight_decay, statistics=choice.statistics, num_steps=steps
         )
     if choice.name == "adamw":
         return optax.adamw(choice.lr, weight_decay=choice.weight_decay)

@@ -59,7 +59,7 @@ def train(config: TrainConfig, started: Started | None = None) -> Result:
     result = Result(config.task, config.framework, config.steps, batch_size, config.seed)
 
     def run(choice: Choice, steps: int, label: str) -> tuple[Trainer, Curve]:
-        trainer = new_trainer(problem, choice, config.seed, batch_size)
+        trainer = new_trainer(problem, choice, config.seed, batch_size, steps)
         return trainer, train_steps(trainer, steps, started(label, steps) if started is not None else None)
 
     for choice in config.optimizers:
@@ -76,7 +76,7 @@ def train(config: TrainConfig, started: Started | None = None) -> Result:
     return result
 
 
-def _trainer_class(framework: str) -> Callable[[Problem, Choice, int, int], Trainer]:
+def _trainer_class(framework: str) -> Callable[[Problem, Choice, int, int, int], Trainer]:
     try:
         if framework == "torch":
             from .torch_trainer import TorchTrainer

@@ -19,14 +19,14 @@ Batch = Any
 
 
 class TorchTrainer:
-    """Implements `loop.Trainer`."""
+    """Implements `loop.Trainer`. `steps` is the length of the training."""
 
-    def __init__(self, problem: Problem, choice: Choice, seed: int, batch_size: int) -> None:
+    def __init__(self, problem: Problem, choice: Choice, seed: int, batch_size: int, steps: int) -> None:
         torch.manual_seed(seed)
         self._model, self._loss = _model(problem)
         self._problem, self._seed, self._batch_size = problem, seed, batch_size
         self._params = list(self._model.parameters())
-        self._optimizer = _optimizer(choice, self._params)
+        self._optimizer = _optimizer(choice, self._params, steps)
         self.parameters = sum(p.numel() for p in self._params)
 
     def gradient(self, step: int) -> float:
@@ -35,21 +35,27 @@ class TorchTrainer:
         self._optimizer.zero_grad()
         loss = self._loss(*batch)
         loss.backward()
-        return float(loss.detach())
+        self._current = loss.detach()
+        return float(self._current)
 
     def update(self) -> None:
-        self._optimizer.step()
+        if isinstance(self._optimizer, LearnedOptimizer):
+            self._optimizer.step(loss=self._current)
+        else:
+            self._optimizer.step()
 
     def state_bytes(self) -> int:
-        state = self._optimizer.state.values()
+        shared = [group.get("shared", {}) for group in self._optimizer.param_groups]  # of a LearnedOptimizer
+        state = [*self._optimizer.state.values(), *shared]
         return sum(v.numel() * v.element_size() for s in state for v in s.values() if torch.is_tensor(v))
 
 
-def _optimizer(choice: Choice, params: list[nn.Parameter]) -> torch.optim.Optimizer:
+def _optimizer(choice: Choice, params: list[nn.Parameter], steps: int) -> torch.optim.Optimizer:
     if choice.checkpoint is not None:
         return LearnedOptimizer(
-            params, choice.checkpoint, choice.lr, choice.weight_decay, statistics=choice.statistics
-        )
+            params, choice.checkpoint, choice.lr, choice.weight_decay,
+            statistics=choice.statistics, num_steps=steps,
+        )  # fmt: skip
     if choice.name == "adamw":
         return torch.optim.AdamW(params, lr=choice.lr, weight_decay=choice.weight_decay, fused=True)
     return torch.optim.SGD(params, lr=choice.lr, momentum=0.9, weight_decay=choice.weight_decay, fused=True)

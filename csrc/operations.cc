@@ -1,0 +1,724 @@
+// The drivers of the operations: checks, cuts into tasks, scratch memory, folding of the network, order of
+// passes.
+#include "csrc/operations.h"
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels/adam/kernel.h"
+#include "kernels/common/constants.h"
+#include "kernels/element_mlp/kernel.h"
+#include "kernels/statistics/kernel.h"
+
+namespace lopt {
+namespace {
+
+// ---- kernels of the instruction set in use ----
+
+struct Tables {
+  const MlpKernels* mlp;
+  const AdamKernels* adam;
+  const StatisticsKernels* statistics;
+};
+
+Tables tables() {
+#if defined(LOPT_X86_64)
+  const std::string name = instruction_set();
+  if (name == "x86-64-v4") return {&v4::element_mlp(), &v4::adam(), &v4::statistics()};
+  if (name == "x86-64-v3") return {&v3::element_mlp(), &v3::adam(), &v3::statistics()};
+  return {&v2::element_mlp(), &v2::adam(), &v2::statistics()};
+#else
+  return {&portable::element_mlp(), &portable::adam(), &portable::statistics()};
+#endif
+}
+
+template <typename T, typename Kernels>
+const auto& table_of(const Kernels& kernels) {
+  if constexpr (sizeof(T) == sizeof(float))
+    return kernels.f32;
+  else
+    return kernels.f64;
+}
+
+// ---- tasks ----
+
+constexpr int64_t kTileElements = 16384;  // work of a task; a multiple of a block
+constexpr int64_t kLargeTensor = 65536;   // from here on the tiles of one tensor go to several threads
+constexpr int64_t kTensorCost = 256;      // what a tensor costs besides its elements, in elements
+constexpr int64_t kMostRowTiles = 32;     // bounds the scratch for sums along x
+constexpr int64_t kLongestRun = 65536;    // a longer row is cut in pass 1
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t elements(const OperationTensor& t) {
+  const Loops& l = t.loops;
+  return l.batch0 * l.x * l.batch1 * l.y * l.batch2;
+}
+
+template <typename F>
+void run(const Pool& pool, int64_t tasks, const F& f) {
+  if (tasks == 1) return f(0);
+  pool.run(
+      pool.context, tasks, [](void* argument, int64_t i) { (*static_cast<const F*>(argument))(i); },
+      const_cast<void*>(static_cast<const void*>(&f)));
+}
+
+// Elements begin to end of a tensor.
+struct Piece {
+  int64_t tensor, begin, end;
+};
+
+// All tensors cut into tiles, and tasks: pieces of about as much work.
+struct Pieces {
+  std::vector<Piece> all;
+  std::vector<int64_t> tasks;  // task i is pieces tasks[i] to tasks[i + 1]
+
+  Pieces(const OperationTensor* tensors, int64_t count) {
+    int64_t work = kTileElements;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t n = elements(tensors[i]);
+      for (int64_t begin = 0; begin < n; begin += kTileElements) {
+        if (work >= kTileElements) {
+          tasks.push_back(int64_t(all.size()));
+          work = 0;
+        }
+        const int64_t end = begin + kTileElements < n ? begin + kTileElements : n;
+        all.push_back({i, begin, end});
+        work += end - begin + kTensorCost;
+      }
+    }
+    tasks.push_back(int64_t(all.size()));
+  }
+
+  template <typename F>
+  void run(const Pool& pool, const F& f) const {
+    const int64_t n = int64_t(tasks.size()) - 1;
+    if (n <= 0) return;
+    lopt::run(pool, n, [&](int64_t task) {
+      for (int64_t i = tasks[size_t(task)]; i < tasks[size_t(task) + 1]; ++i) f(all[size_t(i)], i);
+    });
+  }
+};
+
+// ---- scratch memory ----
+
+// Hands out aligned pieces of one block; grows between tensors, never while one is in use.
+class Arena {
+ public:
+  ~Arena() { std::free(block_); }
+  Arena() = default;
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+
+  // `take` is called twice with an arena: to count the bytes, then to hand them out.
+  template <typename F>
+  void fill(const F& take) {
+    char* const block = block_;
+    used_ = 0, block_ = nullptr;
+    take(*this);
+    block_ = block;
+    if (used_ > size_) {
+      std::free(block_);
+      size_ = 0;
+      block_ = static_cast<char*>(std::aligned_alloc(64, used_));
+      if (!block_) throw std::bad_alloc();
+      size_ = used_;
+    }
+    used_ = 0;
+    take(*this);
+  }
+  template <typename U>
+  U* take(int64_t count) {
+    char* p = block_ ? block_ + used_ : nullptr;
+    used_ += (size_t(count) * sizeof(U) + 63) / 64 * 64;
+    return reinterpret_cast<U*>(p);
+  }
+
+ private:
+  char* block_ = nullptr;
+  size_t size_ = 0, used_ = 0;
+};
+
+// ---- one tensor ----
+
+template <typename T>
+Operand<T> operand_of(const OperationTensor& t, const Averages& averages, const GradientRule& rule,
+                      Output output) {
+  Operand<T> o = {};
+  o.n = elements(t);
+  o.param = static_cast<const T*>(t.param);
+  o.grad = static_cast<const T*>(t.grad);
+  o.output = static_cast<T*>(t.output);
+  o.momentum = static_cast<T*>(t.momentum);
+  o.second_moment = static_cast<T*>(t.second_moment);
+  o.momentum_stride = t.momentum_stride;
+  o.second_moment_stride = t.second_moment_stride;
+  o.momenta = int32_t(averages.momentum.size());
+  o.second_moments = int32_t(averages.second_moment.size());
+  for (size_t k = 0; k < averages.momentum.size(); ++k) o.d_momentum[k] = T(averages.momentum[k]);
+  for (size_t k = 0; k < averages.second_moment.size(); ++k)
+    o.d_second_moment[k] = T(averages.second_moment[k]);
+  for (size_t k = 0; k < averages.factored.size(); ++k) o.d_factored[k] = T(averages.factored[k]);
+  o.grad_scale = T(rule.scale);
+  o.grad_bound = T(rule.bound);
+  o.result = output;
+  o.decay = output == Output::step ? T(0) : T(t.lr * t.weight_decay);
+  return o;
+}
+
+// ---- element_mlp ----
+
+// Columns that show factored moments: what ElementMlp::factored_vectors is about.
+bool shows_factored(Group g) {
+  return g == Group::fac_row || g == Group::fac_column || g == Group::rsqrt_fac_row ||
+         g == Group::rsqrt_fac_column || g == Group::fac_m;
+}
+
+int32_t group_size(Group g, const Averages& a) {
+  switch (g) {
+    case Group::m:
+    case Group::m_rsqrt_rms:
+      return int32_t(a.momentum.size());
+    case Group::rms:
+    case Group::rsqrt_rms:
+    case Group::g_rsqrt_rms:
+      return int32_t(a.second_moment.size());
+    default:
+      return g == Group::fac_g || shows_factored(g) ? int32_t(a.factored.size()) : 1;
+  }
+}
+
+// Where the features of a group begin.
+int32_t& feature_row(FeatureRows& at, Group g, bool factored) {
+  switch (g) {
+    case Group::g:
+      return at.g;
+    case Group::clip_g:
+      return at.clip_g;
+    case Group::p:
+      return at.p;
+    case Group::log_abs_p:
+      return at.log_abs_p;
+    case Group::m:
+      return at.m;
+    case Group::rms:
+      return at.v;
+    case Group::m_rsqrt_rms:
+      return at.m_root_v;
+    case Group::rsqrt_rms:
+      return at.root_v;
+    case Group::g_rsqrt_rms:
+      return at.g_root_v;
+    case Group::fac_g:
+      return at.fac_g;
+    case Group::fac_m:
+      return at.fac_m;
+    case Group::fac_row:
+      return at.row;
+    case Group::rsqrt_fac_row:
+      return at.row_root;
+    case Group::fac_column:
+      return factored ? at.column : at.row;  // below rank 2 both axes show the same
+    case Group::rsqrt_fac_column:
+      return factored ? at.column_root : at.row_root;
+  }
+  throw std::invalid_argument("unknown group of columns");
+}
+
+RowTiles row_tiles_of(const Loops& l) {
+  RowTiles t;
+  t.rows = l.batch0 * l.x * l.batch1;
+  t.run = l.y * l.batch2;
+  t.run_per_tile = t.run < kLongestRun ? t.run : kLongestRun;
+  t.run_tiles = divide_up(t.run, t.run_per_tile);
+  t.rows_per_tile = divide_up(kTileElements, t.run_per_tile);
+  if (t.rows_per_tile * kMostRowTiles < t.rows) t.rows_per_tile = divide_up(t.rows, kMostRowTiles);
+  if (t.rows_per_tile > t.rows) t.rows_per_tile = t.rows;
+  t.row_tiles = divide_up(t.rows, t.rows_per_tile);
+  return t;
+}
+
+// What all tensors of a call have in common.
+struct MlpCall {
+  const MlpSpec& spec;
+  const Averages& averages;
+  const MlpLayer* layers;
+  const double* multipliers;
+  const GradientRule& rule;
+  Output output;
+  double* messages;
+  Tables tables;
+};
+
+constexpr double kLog2E = 1.4426950408889634;
+
+// One tensor during one step.
+template <typename T>
+class MlpTensor {
+ public:
+  MlpTensor(const MlpCall& call, const OperationTensor& tensor, int64_t index, Arena& arena)
+      : call_(call), index_(index), kernels_(table_of<T>(*call.tables.mlp)) {
+    describe(tensor);
+    choose_features();
+    arena.fill([this](Arena& a) { take_scratch(a); });
+    copy_weights();
+    lr_ = call.output == Output::step ? 1.0 : tensor.lr;
+  }
+
+  void step(const Pool& pool) {
+    if (c_.factored() && c_.factored_moments) {
+      run(pool, c_.tiles.count(), [this](int64_t tile) { kernels_.factor_sums(c_, tile); });
+      kernels_.factors(c_);
+    }
+    if (c_.normalised_over == c_.operand.n)
+      whole(pool);
+    else
+      by_matrices(pool);
+    if (call_.spec.messages) write_messages();
+  }
+
+ private:
+  void describe(const OperationTensor& t) {
+    const MlpSpec& spec = call_.spec;
+    const Loops& l = t.loops;
+    c_ = {};
+    c_.operand = operand_of<T>(t, call_.averages, call_.rule, call_.output);
+    c_.loops = l;
+    c_.tanh = spec.tanh;
+    c_.factored_moments = int32_t(call_.averages.factored.size());
+    c_.rms_epsilon = T(spec.rms_epsilon);
+    c_.diagonal_momentum_epsilon = T(spec.diagonal_momentum_epsilon);
+    c_.normaliser_epsilon = T(spec.normaliser_epsilon);
+    c_.hidden_size = spec.hidden_size;
+    c_.normalised_over = t.normalised_over ? t.normalised_over : c_.operand.n;
+    T *row = static_cast<T*>(t.row), *column = static_cast<T*>(t.column);
+    if (l.factored) {
+      c_.x_accumulator = l.x_is_row ? row : column;
+      c_.y_accumulator = l.x_is_row ? column : row;
+      c_.x_accumulator_stride = l.x_is_row ? t.row_stride : t.column_stride;
+      c_.y_accumulator_stride = l.x_is_row ? t.column_stride : t.row_stride;
+    } else {
+      c_.operand.diagonal = row;
+      c_.operand.diagonal_stride = t.row_stride;
+      c_.operand.diagonals = c_.factored_moments;
+    }
+    c_.tiles = row_tiles_of(l);
+    c_.x_size = l.batch0 * l.x * l.batch1 * l.batch2;
+    c_.y_size = l.batch0 * l.batch1 * l.y * l.batch2;
+    c_.x_stride = c_.x_size + kScratchPadding;
+    c_.y_stride = c_.y_size + kScratchPadding;
+  }
+
+  // Which inputs of the network are features of elements, and in which row of a block.
+  void choose_features() {
+    FeatureRows& at = c_.at;
+    at = FeatureRows();
+    int32_t column = 0;
+    for (Group g : call_.spec.groups) {
+      if (!c_.factored() && !call_.spec.factored_vectors && shows_factored(g)) continue;
+      const int32_t size = group_size(g, call_.averages);
+      const bool of_axis = shows_factored(g) && g != Group::fac_m;
+      int32_t first = -1;
+      if (!(of_axis && c_.factored() && !c_.axes_are_features())) {
+        int32_t& row = feature_row(at, g, c_.factored());
+        if (row < 0) {
+          row = at.count;
+          at.count += size;
+        }
+        first = row;
+      }
+      groups_.push_back({g, column, size, first});
+      column += size;
+    }
+  }
+
+  void take_scratch(Arena& arena) {
+    const int64_t h = c_.hidden_size, features = c_.at.count, layers = call_.spec.hidden_layers;
+    const Loops& l = c_.loops;
+    const RowTiles& t = c_.tiles;
+    tiles_ = divide_up(c_.operand.n, kTileElements);
+    weights_ = arena.take<double>(features * h);
+    sums_ = arena.take<double>(tiles_ * (features + 1));
+    hidden_sums_ = arena.take<double>(tiles_ * h);
+    take_network(arena, net_);
+    for (int64_t layer = 1; layer < layers; ++layer) {
+      net_.w[layer] = arena.take<T>(h * h);
+      net_.b[layer] = arena.take<T>(h);
+    }
+    if (!c_.factored() || !c_.factored_moments) return;
+    const int64_t longest = c_.x_stride > c_.y_stride ? c_.x_stride : c_.y_stride;
+    c_.x_sums = arena.take<T>(t.run_tiles * c_.x_size);
+    c_.y_sums = arena.take<T>((l.batch0 + t.row_tiles) * l.batch1 * t.run);
+    c_.x_factor = arena.take<T>(c_.factored_moments * c_.x_stride);
+    c_.y_factor = arena.take<T>(c_.factored_moments * c_.y_stride);
+    c_.x_bias = arena.take<T>(h * c_.x_stride);
+    c_.y_bias = arena.take<T>(h * c_.y_stride);
+    c_.scratch = arena.take<T>(longest);
+    for (T*& weights : axis_weights_) weights = arena.take<T>(c_.factored_moments * h);
+  }
+
+  // What of a network depends on normalisers.
+  void take_network(Arena& arena, Network<T>& net) const {
+    const int64_t h = c_.hidden_size, layers = call_.spec.hidden_layers;
+    net.hidden_layers = int32_t(layers);
+    net.hidden_size = int32_t(h);
+    net.w[0] = arena.take<T>(c_.at.count * h);
+    net.b[0] = arena.take<T>(h);
+    net.w[layers] = arena.take<T>(2 * h);
+    net.b[layers] = arena.take<T>(2);
+  }
+
+  const double* weights_of(int64_t layer) const {
+    return call_.layers[layer].w + index_ * call_.layers[layer].w_stride;
+  }
+  const double* biases_of(int64_t layer) const {
+    return call_.layers[layer].b + index_ * call_.layers[layer].b_stride;
+  }
+
+  // Weights of the first layer by feature, before normalisers; those of the axes; the layers in the middle.
+  void copy_weights() {
+    const int64_t h = c_.hidden_size;
+    std::memset(weights_, 0, size_t(c_.at.count * h) * sizeof(double));
+    T* axis[4] = {};
+    for (const GroupColumns& g : groups_) {
+      const double* w = weights_of(0) + g.column * h;
+      if (g.feature >= 0) {
+        for (int64_t i = 0; i < g.size * h; ++i) weights_[g.feature * h + i] += w[i];
+        continue;
+      }
+      const bool row = g.group == Group::fac_row || g.group == Group::rsqrt_fac_row;
+      const bool root = g.group == Group::rsqrt_fac_row || g.group == Group::rsqrt_fac_column;
+      const int which = (row == c_.loops.x_is_row ? 0 : 2) + (root ? 1 : 0);
+      axis[which] = axis_weights_[which];
+      for (int64_t i = 0; i < g.size * h; ++i) axis[which][i] = T(w[i]);
+    }
+    c_.x_weights = axis[0], c_.x_root_weights = axis[1], c_.y_weights = axis[2], c_.y_root_weights = axis[3];
+    for (int64_t layer = 1; layer < net_.hidden_layers; ++layer) {
+      for (int64_t i = 0; i < h * h; ++i) net_.w[layer][i] = T(weights_of(layer)[i]);
+      for (int64_t i = 0; i < h; ++i) net_.b[layer][i] = T(biases_of(layer)[i]);
+    }
+  }
+
+  // First layer with the normalisers from sums over `count` elements, last layer with all that multiplies the
+  // step.
+  void fold(Network<T>& net, const double* sums, double count, double parameter_square) const {
+    const MlpSpec& spec = call_.spec;
+    const int64_t h = c_.hidden_size;
+    for (int64_t f = 0; f < c_.at.count; ++f) {
+      const double scale = 1.0 / std::sqrt(sums[f] / count + spec.normaliser_epsilon);
+      for (int64_t j = 0; j < h; ++j) net.w[0][f * h + j] = T(scale * weights_[f * h + j]);
+    }
+    for (int64_t j = 0; j < h; ++j) net.b[0][j] = T(biases_of(0)[j]);
+    double step = lr_ * spec.step_mult;
+    if (call_.multipliers) step *= call_.multipliers[index_];
+    if (spec.parameter_rms) {
+      double scale = std::sqrt(parameter_square + spec.scale_epsilon);
+      const double cap = spec.scale_cap * std::sqrt(double(c_.operand.n));
+      if (scale > cap) scale = cap;
+      step *= scale;
+    }
+    const double multiplier[2] = {step, spec.exp_mult * kLog2E};
+    const int64_t last = net.hidden_layers, outputs = call_.layers[last].outputs;
+    for (int o = 0; o < 2; ++o) {
+      for (int64_t j = 0; j < h; ++j)
+        net.w[last][2 * j + o] = T(multiplier[o] * weights_of(last)[outputs * j + o]);
+      net.b[last][o] = T(multiplier[o] * biases_of(last)[o]);
+    }
+  }
+
+  int64_t tile_end(int64_t tile) const {
+    return (tile + 1) * kTileElements < c_.operand.n ? (tile + 1) * kTileElements : c_.operand.n;
+  }
+
+  // All elements share normalisers.
+  void whole(const Pool& pool) {
+    const int64_t features = c_.at.count, n = c_.operand.n, h = c_.hidden_size;
+    // Passes alternate in direction: each begins where the cache still holds what the one before read last.
+    run(pool, tiles_, [&](int64_t i) {
+      const int64_t tile = tiles_ - 1 - i;
+      double* sums = sums_ + tile * (features + 1);
+      for (int64_t f = 0; f <= features; ++f) sums[f] = 0;
+      kernels_.feature_sums(c_, tile * kTileElements, tile_end(tile), sums);
+    });
+    for (int64_t tile = 1; tile < tiles_; ++tile)
+      for (int64_t f = 0; f <= features; ++f) sums_[f] += sums_[tile * (features + 1) + f];
+    fold(net_, sums_, double(n), sums_[features] / double(n));
+    if (c_.has_axis_biases()) kernels_.axis_biases(c_, net_.b[0]);
+    run(pool, tiles_, [&](int64_t tile) {
+      double* hidden = call_.spec.messages ? hidden_sums_ + tile * h : nullptr;
+      for (int64_t j = 0; hidden && j < h; ++j) hidden[j] = 0;
+      kernels_.apply(c_, net_, tile * kTileElements, tile_end(tile), hidden);
+    });
+    hidden_tasks_ = tiles_;
+  }
+
+  // Each matrix has its own normalisers: passes 2 and 3 of one follow each other.
+  void by_matrices(const Pool& pool) {
+    const int64_t features = c_.at.count, n = c_.operand.n, h = c_.hidden_size, size = c_.normalised_over;
+    double parameter_square = 0;
+    if (call_.spec.parameter_rms) {
+      run(pool, tiles_, [&](int64_t tile) {
+        double total = 0;
+        for (int64_t i = tile * kTileElements; i < tile_end(tile); ++i)
+          total += double(c_.operand.param[i]) * double(c_.operand.param[i]);
+        sums_[tile] = total;
+      });
+      for (int64_t tile = 0; tile < tiles_; ++tile) parameter_square += sums_[tile];
+      parameter_square /= double(n);
+    }
+    const int64_t matrices = n / size, per_task = divide_up(kTileElements, size);
+    hidden_tasks_ = divide_up(matrices, per_task);
+    run(pool, hidden_tasks_, [&](int64_t task) {
+      Arena arena;
+      Network<T> net = net_;
+      double* sums = nullptr;
+      arena.fill([&](Arena& a) {
+        take_network(a, net);
+        sums = a.take<double>(features + 1);
+      });
+      double* hidden = call_.spec.messages ? hidden_sums_ + task * h : nullptr;
+      for (int64_t j = 0; hidden && j < h; ++j) hidden[j] = 0;
+      const int64_t end = (task + 1) * per_task < matrices ? (task + 1) * per_task : matrices;
+      for (int64_t matrix = task * per_task; matrix < end; ++matrix) {
+        for (int64_t f = 0; f <= features; ++f) sums[f] = 0;
+        kernels_.feature_sums(c_, matrix * size, (matrix + 1) * size, sums);
+        fold(net, sums, double(size), parameter_square);
+        kernels_.apply(c_, net, matrix * size, (matrix + 1) * size, hidden);
+      }
+    });
+  }
+
+  // Means of outputs, from those of the last hidden units: the last layer is linear.
+  void write_messages() const {
+    const int64_t h = c_.hidden_size, last = net_.hidden_layers, outputs = call_.layers[last].outputs;
+    for (int64_t task = 1; task < hidden_tasks_; ++task)
+      for (int64_t j = 0; j < h; ++j) hidden_sums_[j] += hidden_sums_[task * h + j];
+    for (int64_t k = 0; k < call_.spec.messages; ++k) {
+      double total = 0;
+      for (int64_t j = 0; j < h; ++j) total += hidden_sums_[j] * weights_of(last)[outputs * j + 2 + k];
+      call_.messages[index_ * call_.spec.messages + k] =
+          total / double(c_.operand.n) + biases_of(last)[2 + k];
+    }
+  }
+
+  struct GroupColumns {
+    Group group;
+    int32_t column, size, feature;  // feature -1: in the biases of an axis
+  };
+
+  const MlpCall& call_;
+  const int64_t index_;
+  const MlpTable<T>& kernels_;
+  MlpStep<T> c_;
+  double lr_;
+  std::vector<GroupColumns> groups_;
+  Network<T> net_ = {};
+  int64_t tiles_, hidden_tasks_;
+  double *weights_, *sums_, *hidden_sums_;
+  T* axis_weights_[4];  // of x, its roots, y, its roots
+};
+
+void step_one(const MlpCall& call, const OperationTensor& tensor, int64_t i, const Pool& pool, Arena& arena) {
+  if (tensor.dtype == Dtype::float32)
+    MlpTensor<float>(call, tensor, i, arena).step(pool);
+  else
+    MlpTensor<double>(call, tensor, i, arena).step(pool);
+}
+
+// ---- checks ----
+
+[[noreturn]] void refuse(int64_t index, const std::string& why) {
+  throw std::invalid_argument("tensor " + std::to_string(index) + ": " + why);
+}
+
+void check(const OperationTensor* tensors, int64_t count, const Averages& averages, bool writes) {
+  for (const std::vector<double>* rates : {&averages.momentum, &averages.second_moment, &averages.factored})
+    if (rates->size() > size_t(kMostAverages))
+      throw std::invalid_argument(std::to_string(rates->size()) + " running averages of one kind: at most " +
+                                  std::to_string(kMostAverages));
+  for (int64_t i = 0; i < count; ++i) {
+    const OperationTensor& t = tensors[i];
+    const Loops& l = t.loops;
+    if (l.batch0 < 0 || l.x < 0 || l.batch1 < 0 || l.y < 0 || l.batch2 < 0) refuse(i, "negative size");
+    if (!l.factored && (l.batch0 != 1 || l.x != 1 || l.batch1 != 1 || l.batch2 != 1))
+      refuse(i, "not factored, but more than one axis");
+    if (t.dtype != Dtype::float32 && t.dtype != Dtype::float64)
+      refuse(i, "dtype is neither float32 nor float64");
+    const int64_t n = elements(t);
+    if (n == 0) continue;
+    if (!t.param || !t.grad || (writes && !t.output) || (!averages.momentum.empty() && !t.momentum) ||
+        (!averages.second_moment.empty() && !t.second_moment) ||
+        (!averages.factored.empty() && (!t.row || (l.factored && !t.column))))
+      refuse(i, "a pointer is null");
+    if (t.normalised_over < 0 || t.normalised_over > n || (t.normalised_over && n % t.normalised_over))
+      refuse(i, "normalised_over does not divide the number of elements");
+  }
+}
+
+void check(const MlpSpec& spec, const Averages& averages, const MlpLayer* layers) {
+  if (spec.hidden_size < 1 || spec.hidden_size > kMostHidden)
+    throw std::invalid_argument("hidden_size " + std::to_string(spec.hidden_size) + " is not in 1..256");
+  if (spec.hidden_layers < 1 || spec.hidden_layers > kMostLayers)
+    throw std::invalid_argument("hidden_layers " + std::to_string(spec.hidden_layers) + " is not in 1..8");
+  int64_t inputs = 0;
+  for (size_t i = 0; i < spec.groups.size(); ++i) {
+    const Group g = spec.groups[i];
+    for (size_t j = 0; j < i; ++j)
+      if (spec.groups[j] == g) throw std::invalid_argument("a group of columns is given twice");
+    const size_t momenta = averages.momentum.size(), second = averages.second_moment.size();
+    if (g == Group::m_rsqrt_rms && second != 1 && second != momenta)
+      throw std::invalid_argument("m_rsqrt_rms needs one second moment, or as many as momenta");
+    if (g == Group::fac_m && averages.factored.size() != momenta)
+      throw std::invalid_argument("fac_m needs as many factored moments as momenta");
+    inputs += group_size(g, averages);
+  }
+  for (int64_t layer = 0; layer <= spec.hidden_layers; ++layer) {
+    const bool last = layer == spec.hidden_layers;
+    const int64_t in = layer == 0 ? inputs : spec.hidden_size,
+                  out = last ? 2 + spec.messages : spec.hidden_size;
+    const MlpLayer& l = layers[layer];
+    if (l.inputs != in || (last ? l.outputs < out : l.outputs != out))
+      throw std::invalid_argument("weights of layer " + std::to_string(layer) + " are (" +
+                                  std::to_string(l.inputs) + ", " + std::to_string(l.outputs) +
+                                  "), expected (" + std::to_string(in) + ", " + std::to_string(out) + ")");
+  }
+}
+
+}  // namespace
+
+Group group_of(const std::string& name) {
+  static const char* const names[] = {
+      "g",         "clip_g",      "p",     "log_abs_p", "m",          "rms",           "m_rsqrt_rms",
+      "rsqrt_rms", "g_rsqrt_rms", "fac_g", "fac_row",   "fac_column", "rsqrt_fac_row", "rsqrt_fac_column",
+      "fac_m"};
+  for (int32_t i = 0; i <= int32_t(Group::fac_m); ++i)
+    if (name == names[i]) return Group(i);
+  throw std::invalid_argument("group of columns '" + name + "' is unknown");
+}
+
+void element_mlp(const MlpSpec& spec, const Averages& averages, const MlpLayer* layers,
+                 const OperationTensor* tensors, int64_t count, const double* multipliers,
+                 const GradientRule& rule, Output output, double* messages, const Pool& pool) {
+  check(spec, averages, layers);
+  check(tensors, count, averages, true);
+  for (int64_t i = 0; i < count * spec.messages; ++i)
+    messages[i] = std::nan("");  // of tensors without elements
+  const MlpCall call{spec, averages, layers, multipliers, rule, output, messages, tables()};
+
+  // Small tensors go to one thread each, several to a task; large ones are spread over all threads.
+  std::vector<int64_t> small, large, tasks;
+  for (int64_t i = 0, work = kTileElements; i < count; ++i) {
+    const int64_t n = elements(tensors[i]);
+    if (n == 0) continue;
+    if (n >= kLargeTensor) {
+      large.push_back(i);
+      continue;
+    }
+    if (work >= kTileElements) {
+      tasks.push_back(int64_t(small.size()));
+      work = 0;
+    }
+    small.push_back(i);
+    work += n + kTensorCost;
+  }
+  tasks.push_back(int64_t(small.size()));
+  if (!small.empty())
+    run(pool, int64_t(tasks.size()) - 1, [&](int64_t task) {
+      Arena arena;
+      for (int64_t i = tasks[size_t(task)]; i < tasks[size_t(task) + 1]; ++i)
+        step_one(call, tensors[small[size_t(i)]], small[size_t(i)], serial_pool(), arena);
+    });
+  Arena arena;
+  for (int64_t i : large) step_one(call, tensors[i], i, pool, arena);
+}
+
+// ---- adam ----
+
+namespace {
+
+template <typename T>
+void adam_piece(const AdamTable<T>& kernels, const OperationTensor& tensor, const AdamScalars& s,
+                const GradientRule& rule, Output output, const Piece& piece) {
+  const Averages averages{{1.0 - s.beta1}, {1.0 - s.beta2}, {}};
+  const double lr = output == Output::step ? 1.0 : tensor.lr;
+  const AdamNumbers<T> numbers = {T(lr * s.scale), T(s.momentum_factor), T(s.gradient_factor),
+                                  T(s.v_factor),   T(s.epsilon),         T(s.root_epsilon),
+                                  T(s.l2)};
+  kernels.update(operand_of<T>(tensor, averages, rule, output), numbers, piece.begin, piece.end);
+}
+
+}  // namespace
+
+void adam(const OperationTensor* tensors, int64_t count, const AdamScalars* scalars, const GradientRule& rule,
+          Output output, const Pool& pool) {
+  check(tensors, count, {{0}, {0}, {}}, true);
+  const AdamKernels& kernels = *tables().adam;
+  Pieces(tensors, count).run(pool, [&](const Piece& piece, int64_t) {
+    const OperationTensor& t = tensors[piece.tensor];
+    if (t.dtype == Dtype::float32)
+      adam_piece<float>(kernels.f32, t, scalars[piece.tensor], rule, output, piece);
+    else
+      adam_piece<double>(kernels.f64, t, scalars[piece.tensor], rule, output, piece);
+  });
+}
+
+// ---- statistics ----
+
+int64_t statistics_size(const Averages& a) {
+  return 5 + 2 * int64_t(a.momentum.size() + a.second_moment.size());
+}
+
+void statistics(const Averages& averages, bool moved, const OperationTensor* tensors, int64_t count,
+                const GradientRule& rule, double* out, const Pool& pool) {
+  check(tensors, count, {averages.momentum, averages.second_moment, {}}, false);
+  const StatisticsKernels& kernels = *tables().statistics;
+  const int64_t momenta = int64_t(averages.momentum.size()), seconds = int64_t(averages.second_moment.size());
+  const int64_t quantities = 2 + momenta + seconds, size = statistics_size(averages);
+  const Pieces pieces(tensors, count);
+  std::vector<Spread> spreads(pieces.all.size() * size_t(quantities));
+  std::vector<double> abs_sums(pieces.all.size());
+  pieces.run(pool, [&](const Piece& piece, int64_t i) {
+    const OperationTensor& t = tensors[piece.tensor];
+    Spread* s = spreads.data() + i * quantities;
+    double* abs_sum = &abs_sums[size_t(i)];
+    const Output none = Output::step;
+    if (t.dtype == Dtype::float32)
+      kernels.f32.spreads(operand_of<float>(t, averages, rule, none), moved, piece.begin, piece.end, s,
+                          abs_sum);
+    else
+      kernels.f64.spreads(operand_of<double>(t, averages, rule, none), moved, piece.begin, piece.end, s,
+                          abs_sum);
+  });
+  for (int64_t i = 0; i < count * size; ++i) out[i] = std::nan("");  // of tensors without elements
+  std::vector<Spread> total(static_cast<size_t>(quantities));
+  for (size_t i = 0; i < pieces.all.size();) {
+    const int64_t tensor = pieces.all[i].tensor;
+    double n = 0, abs_sum = 0;
+    for (Spread& s : total) s = {0, 0};
+    for (; i < pieces.all.size() && pieces.all[i].tensor == tensor; ++i) {
+      const double length = double(pieces.all[i].end - pieces.all[i].begin);
+      for (int64_t q = 0; q < quantities; ++q)
+        merge(total[size_t(q)], n, spreads[i * size_t(quantities) + size_t(q)], length);
+      n += length;
+      abs_sum += abs_sums[i];
+    }
+    double* row = out + tensor * size;
+    const auto put = [&](int64_t q, int64_t mean, int64_t variance) {
+      row[mean] = total[size_t(q)].mean;
+      row[variance] = total[size_t(q)].squares / n;
+    };
+    put(0, 0, 1);
+    put(1, 2, 3);
+    row[4] = abs_sum / n;
+    for (int64_t k = 0; k < momenta; ++k) put(2 + k, 5 + k, 5 + momenta + k);
+    for (int64_t k = 0; k < seconds; ++k)
+      put(2 + momenta + k, 5 + 2 * momenta + k, 5 + 2 * momenta + seconds + k);
+  }
+}
+
+}  // namespace lopt

@@ -1,0 +1,1 @@
+"""Adam's update and its relatives."""

@@ -1,0 +1,34 @@
+// adam on processors with SIMD units: see README.md. Compiled once for each instruction set.
+#include "kernels/adam/kernel.h"
+#include "kernels/common/blocks.h"
+
+namespace lopt {
+namespace {
+
+template <typename T>
+void update(const Operand<T>& t, const AdamNumbers<T>& numbers, int64_t begin, int64_t end) {
+  using V = Vec<T>;
+  const AdamNumbers<T> a = numbers;
+  const V bound = splat(t.grad_bound);
+  for_each_block<true>(t, begin, end, [&](const Streams<T>& s, int64_t, int64_t, int64_t padded) {
+    for (int64_t i = 0; i < padded; i += kLanes<T>) {
+      const V g = clipped<T>(load(s.g + i) * t.grad_scale, bound) + a.l2 * load(s.p + i);
+      const V m = average(load(s.m[0] + i), t.d_momentum[0], g);
+      const V v = average(load(s.v[0] + i), t.d_second_moment[0], g * g);
+      store<T>(s.m[0] + i, m);
+      store<T>(s.v[0] + i, v);
+      const V numerator = a.scale * (a.momentum_factor * m + a.gradient_factor * g);
+      store_result(t, s, i, numerator / (a.epsilon + root<T>(a.v_factor * v + a.root_epsilon)));
+    }
+  });
+}
+
+}  // namespace
+
+namespace LOPT_ISA {
+const AdamKernels& adam() {
+  static constexpr AdamKernels kernels = {{update<float>}, {update<double>}};
+  return kernels;
+}
+}  // namespace LOPT_ISA
+}  // namespace lopt

@@ -1,0 +1,259 @@
+"""What the Triton kernels of the operations share: the table of tensors, tiles, gradients and running averages.
+
+A launch takes all tensors of one `Layout`. Each is a record of the table: int64 numbers, `FIELDS`. A tensor is
+[batch0, x, batch1, y, batch2] in memory order (lopt_fast.layout.Loops): for each (batch0, batch1), a group, a matrix of
+x rows and run = y * batch2 columns, its rows batch1 * run elements apart. A tile is some rows (`rows_per_tile`) of
+COLUMNS columns of a group, and one program's work, in blocks of (ROWS, COLUMNS). Where no factored moments are kept a
+tensor is cut into rows of COLUMNS elements instead.
+
+Sums go from a tile to its own place, its slot, and `add_tiles` adds the slots of a tensor up in their order: no atomics,
+the same bits in every run. Numbers of a step are read on the device, the host waits for nothing.
+
+Constants of a launch (tl.constexpr):
+    FACTORED                 matrices; else rows of COLUMNS elements
+    GATHER                   batch2 may be above 1: the place along x differs from column to column
+    ALIGNED                  every address, stride and length is a multiple of 16 bytes: vector loads
+    ROWS, COLUMNS            block, powers of two
+    TYPE                     of parameters, gradients and outputs; state and arithmetic are float32
+    MOMENTA, SECOND_MOMENTS, FACTORED_MOMENTS   how many running averages of each kind
+    OUTPUT                   "parameter": the new parameter; "delta": what is to be added to it; "step": the step alone
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import triton
+import triton.language as tl
+
+FIELDS = (
+    "param", "grad", "output",
+    "momentum", "momentum_stride", "second_moment", "second_moment_stride",  # strides: from one average to the next
+    "x_accumulator", "x_accumulator_stride",  # factored moments along x; not FACTORED: of every element
+    "y_accumulator", "y_accumulator_stride",
+    "operand",  # row of the arrays that have one for each tensor
+    "lr", "weight_decay",  # places in `numbers`
+    "elements", "batch0", "x", "batch1", "run", "batch2", "x_size", "y_size",
+    "rows_per_tile", "x_tiles", "run_tiles", "first_slot", "tiles",
+    "x_sums", "y_sums",  # (tiles along the run, x_size), (tiles along x, y_size): sums of g^2 over the other axis
+    "means",  # (factored moments, batches): of the row accumulator along its axis
+)  # fmt: skip
+"""Addresses are of float32 arrays but for param, grad and output."""
+_PLACES = {name: i for i, name in enumerate(FIELDS)}
+
+RECORD = tl.constexpr(len(FIELDS))
+TILE_FIELDS = tl.constexpr(5)  # tensor, slot, group, tile along x, tile along the run
+GRAD_SCALE = tl.constexpr(0)  # places in `numbers`, which then has learning rates and weight decays
+GRAD_BOUND = tl.constexpr(1)
+
+TYPES = ("float32", "bfloat16", "float16")
+
+
+@triton.constexpr_function
+def field(name):
+    """Place of `name` in a record."""
+    return _PLACES[name]
+
+
+# ---- where things lie ----
+
+
+@triton.jit
+def floats(record, FIELD: tl.constexpr):
+    """Address of a float32 array of the record."""
+    return tl.load(record + FIELD).to(tl.pointer_type(tl.float32))
+
+
+@triton.jit
+def typed(record, FIELD: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Address of an array of TYPE, with the promise that it is a multiple of 16 where ALIGNED."""
+    pointer = tl.load(record + FIELD).to(tl.pointer_type(TYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def length(record, FIELD: tl.constexpr, ALIGNED: tl.constexpr):
+    """A stride or a length, with the promise that it is a multiple of 8 elements where ALIGNED."""
+    value = tl.load(record + FIELD)
+    if ALIGNED:
+        value = tl.multiple_of(value, 8)
+    return value
+
+
+@triton.jit
+def tile_of(table, tiles, COLUMNS: tl.constexpr):
+    """Of this program's tile: (record, slot, group, tile along x, tile along the run, first row, row behind the last,
+    columns)."""
+    tile = tiles + tl.program_id(0).to(tl.int64) * TILE_FIELDS
+    record = table + tl.load(tile).to(tl.int64) * RECORD
+    slot, group = tl.load(tile + 1).to(tl.int64), tl.load(tile + 2).to(tl.int64)
+    x_tile, run_tile = tl.load(tile + 3).to(tl.int64), tl.load(tile + 4).to(tl.int64)
+    count = tl.load(record + field("rows_per_tile"))
+    begin = x_tile * count
+    end = tl.minimum(begin + count, tl.load(record + field("x")))
+    return record, slot, group, x_tile, run_tile, begin, end, run_tile * COLUMNS + tl.arange(0, COLUMNS)
+
+
+@triton.jit
+def place_of(record, group, FACTORED: tl.constexpr, ALIGNED: tl.constexpr, COLUMNS: tl.constexpr):
+    """(first element of a group, elements from one row to the next, rows, what bounds columns) for `block_of`."""
+    x = tl.load(record + field("x"))
+    if FACTORED:
+        batch1, bound = tl.load(record + field("batch1")), length(record, field("run"), ALIGNED)
+        base = (group // batch1 * (x * batch1) + group % batch1) * bound
+        stride = batch1 * bound
+        if ALIGNED:
+            base, stride = tl.multiple_of(base, 8), tl.multiple_of(stride, 8)
+    else:
+        base, stride, bound = group * 0, x * 0 + COLUMNS, length(record, field("elements"), ALIGNED)
+    return base, stride, x, bound
+
+
+@triton.jit
+def block_of(place, rows, columns, FACTORED: tl.constexpr):
+    """(offsets, mask) of the elements of a block, both (ROWS, COLUMNS)."""
+    base, stride, x, bound = place
+    offsets = base + rows[:, None] * stride + columns[None, :]
+    if FACTORED:
+        mask = (rows < x)[:, None] & (columns < bound)[None, :]
+    else:
+        mask = offsets < bound
+    return offsets, mask
+
+
+# ---- arithmetic ----
+
+
+@triton.jit
+def clipped(x, bound):
+    """x within [-bound, bound], NaN kept."""
+    return tl.where(x > bound, bound, tl.where(x < -bound, -bound, x))
+
+
+@triton.jit
+def average(old, rate, new):
+    """Exponential moving average with rate = 1 - decay, as lopt_fast.reference.accumulate."""
+    return (old - old * rate) + new * rate
+
+
+@triton.jit
+def gradient_of(record, offsets, mask, numbers, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The gradient of a block, scaled and clipped; 0 outside the mask."""
+    g = tl.load(typed(record, field("grad"), TYPE, ALIGNED) + offsets, mask=mask, other=0.0).to(tl.float32)
+    return clipped(g * tl.load(numbers + GRAD_SCALE), tl.load(numbers + GRAD_BOUND))
+
+
+@triton.jit
+def parameter_of(record, offsets, mask, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The parameters of a block; 0 outside the mask."""
+    p = tl.load(typed(record, field("param"), TYPE, ALIGNED) + offsets, mask=mask, other=0.0)
+    return p.to(tl.float32)
+
+
+@triton.jit
+def averages_of(
+    record, offsets, mask, new, rates, COUNT: tl.constexpr, FIRST_RATE: tl.constexpr, FIELD: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """The COUNT averages of a block whose address is in FIELD, and their distance behind it, after the value `new`."""
+    array = typed(record, FIELD, tl.float32, ALIGNED)
+    stride = length(record, FIELD + 1, ALIGNED)
+    after = ()
+    for k in tl.static_range(COUNT):
+        old = tl.load(array + k * stride + offsets, mask=mask, other=0.0)
+        after += (average(old, tl.load(rates + FIRST_RATE + k), new),)
+    return after
+
+
+@triton.jit
+def store_averages(record, offsets, mask, values, FIELD: tl.constexpr, ALIGNED: tl.constexpr):
+    """Writes what `averages_of` gave."""
+    array = typed(record, FIELD, tl.float32, ALIGNED)
+    stride = length(record, FIELD + 1, ALIGNED)
+    for k in tl.static_range(len(values)):
+        tl.store(array + k * stride + offsets, values[k], mask=mask)
+
+
+@triton.jit
+def store_result(
+    record, offsets, mask, p, step, numbers, OUTPUT: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """Writes what a step gives: see OUTPUT."""
+    result = step
+    if OUTPUT != "step":
+        lr, weight_decay = (
+            tl.load(numbers + tl.load(record + field("lr"))),
+            tl.load(numbers + tl.load(record + field("weight_decay"))),
+        )
+        result = -lr * (step + p * weight_decay)
+        if OUTPUT == "parameter":
+            result = p + result
+    tl.store(typed(record, field("output"), TYPE, ALIGNED) + offsets, result.to(TYPE), mask=mask)
+
+
+# ---- sums of tiles ----
+
+
+@triton.jit
+def add_tiles(table, sums, totals, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """totals[operand]: the sum of `sums`, (slots, WIDTH), over all tiles of a tensor. A program for each record."""
+    record = table + tl.program_id(0).to(tl.int64) * RECORD
+    begin, count = tl.load(record + field("first_slot")), tl.load(record + field("tiles"))
+    f = tl.arange(0, WIDTH)
+    total = tl.zeros([BLOCK, WIDTH], tl.float32)
+    for first in range(0, count, BLOCK):
+        tile = first + tl.arange(0, BLOCK)
+        at = (begin + tile)[:, None] * WIDTH + f[None, :]
+        total += tl.load(sums + at, mask=(tile < count)[:, None], other=0.0)
+    tl.store(totals + tl.load(record + field("operand")) * WIDTH + f, tl.sum(total, 0))
+
+
+# ---- how they are launched ----
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Tensors that one launch takes: how they lie in memory."""
+
+    place: Literal["matrix", "gathered", "vector"]
+    """matrix: factored, batch2 = 1; gathered: factored, any; vector: all others."""
+    x_is_row: bool
+    """Which of the two factored axes is the outer one; True for a vector."""
+    aligned: bool
+    columns: int
+    dtype: str = "float32"
+    """Of parameters, gradients and outputs."""
+
+    def constants(self, block: int) -> dict[str, Any]:
+        """Constants of a launch with blocks of about so many elements."""
+        return {
+            "FACTORED": self.place != "vector",
+            "GATHER": self.place == "gathered",
+            "X_IS_ROW": self.x_is_row,
+            "ALIGNED": self.aligned,
+            "ROWS": max(block // self.columns, 1),
+            "COLUMNS": self.columns,
+            "TYPE": getattr(tl, self.dtype),
+        }
+
+
+def layout_columns(run: int) -> int:
+    """COLUMNS for rows of `run` elements."""
+    return 16 if run <= 32 else 64
+
+
+def rows_per_tile(elements: int, columns: int) -> int:
+    """Rows of a tile. Many rows make for few partial sums, few rows for many tiles; the shape alone decides."""
+    rows = 256 if elements >= 1 << 22 else 128 if elements >= 1 << 19 else 64
+    return rows * (64 // columns)
+
+
+ADD_TILES_BLOCK = 64
+
+
+def launched(kernel: Any, constants: dict[str, Any], warps: int = 4) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(those of the constants that `kernel` has, options), as a launch takes them."""
+    # One stage: loads are not staged in shared memory.
+    options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
+    return {name: value for name, value in constants.items() if name in kernel.arg_names}, options

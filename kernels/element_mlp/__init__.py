@@ -1,0 +1,1 @@
+"""The element-wise MLP over the columns of every parameter."""

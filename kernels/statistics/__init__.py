@@ -1,0 +1,1 @@
+"""Means and variances of tensors, gradients and running averages."""

@@ -1,0 +1,431 @@
+"""What a step of `LearnedOptimizer` does for an `Architecture`: all that is not `small_fc_lopt` (plan.py).
+
+The running averages of a parameter lie in `optimizer.state`, in the order of axes of the parameter, and with them its
+row of each tensor-level array. What the whole model shares is in `optimizer.param_groups[0]["shared"]`, which goes
+where state goes: into `state_dict` and into what torch.distributed.checkpoint saves. All parameters must be on one
+device; the tensor level is computed there, in float64 if any of them is float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+
+from ..architectures import Architecture
+from ..architectures.base import Inputs
+from ..layout import dense_strides
+from ..operations import ModelTensors
+from ..reference import TensorState
+from . import device
+from .operations import implementation
+from .plan import check_gradient, check_parameters
+from .scalars import HOST, Groups, Number, clip_factor, hyperparameters, moved, on_host
+from .shares import Planned, State
+from .state import Layout, Options, check_keys, checked_arrays, checked_step
+
+SHARED = "shared"
+"""Key of the first parameter group: a dict of the arrays of `Architecture.init_shared`, `step` (int64, the steps taken)
+and `num_steps` (a number, that of the last step)."""
+
+_HINT = "load a state that was saved with the same weights, architecture and parameter names"
+
+
+def check_num_steps(architecture: Architecture, num_steps: Any) -> None:
+    """Raise ValueError unless it is a number of steps, or None where the architecture does not need one."""
+    if num_steps is None:
+        if architecture.needs_num_steps:
+            raise ValueError(
+                f"{architecture.NAME} knows how long the training is: give num_steps, its number of steps"
+            )
+    elif isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+        raise ValueError(f"num_steps={num_steps!r}: must be a number of steps, at least 1, or None")
+
+
+def check_loss(architecture: Architecture, loss: Any, groups: Groups) -> bool:
+    """Raise ValueError if the architecture needs a loss and there is none. Returns whether there is a step to do.
+
+    torch.distributed.checkpoint has optimizers create their state by a step without a loss, with zero gradients and
+    zero learning rates. That is done, and no step is taken.
+    """
+    if not architecture.needs_loss:
+        return True
+    if loss is None:
+        gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        if gradients and not any(group["lr"] for group in groups) and not any(g.any() for g in gradients):
+            return False
+        raise ValueError(
+            f"{architecture.NAME} looks at the training loss: call step(loss=loss) with the one that these "
+            "gradients come from, or step(closure)"
+        )
+    check_number(loss)
+    return True
+
+
+def check_number(loss: Any) -> None:
+    """Raise ValueError unless it is a number or a tensor of one element, which is not read."""
+    if isinstance(loss, torch.Tensor):
+        if loss.numel() != 1 or loss.is_complex():
+            raise ValueError(f"loss is {loss.dtype} of shape {tuple(loss.shape)}: must be one real number")
+        return
+    try:
+        float(loss)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"loss={loss!r}: must be one real number") from error
+
+
+class Level(NamedTuple):
+    """Where the tensor level is computed, and in which type."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, architecture: Architecture, everything: Sequence[Planned]) -> Level:
+        """Raises ValueError, naming a parameter, if there are several devices."""
+        places = {p.device: f"{name} is on {p.device}" for _, name, p, _ in everything}
+        if len(places) > 1:
+            raise ValueError(
+                f"{', '.join(places.values())}: {architecture.NAME} sees all parameters together, and takes those of "
+                "one device so far; give each device its own optimizer"
+            )
+        dtypes = {home.sums for _, _, _, home in everything}
+        where = next(iter(places), torch.device("cpu"))  # no parameters yet
+        return cls(where, torch.float64 if torch.float64 in dtypes else torch.float32)
+
+    def number(self, value: Any) -> torch.Tensor:
+        """A number or a tensor of one element as one () of this level, without a wait for the device."""
+        if isinstance(value, torch.Tensor):
+            return value.detach().reshape(()).to(self.device, self.dtype, non_blocking=True)
+        return torch.full((), float(value), dtype=self.dtype, device=self.device)
+
+
+class _Member(NamedTuple):
+    """A parameter that is not empty."""
+
+    name: str
+    """"" where parameters have no names."""
+    planned: Planned
+    strides: tuple[int, ...]
+    """Of the parameter, if it were dense in its memory order."""
+    accumulators: dict[str, Layout]
+    initial_rows: dict[str, torch.Tensor]
+    row_layouts: dict[str, Layout]
+
+
+class _Model:
+    """The parameters of an optimizer, and how their state looks."""
+
+    def __init__(self, options: Options[Architecture], memory: device.Memory, groups: Groups) -> None:
+        self.architecture = options.spec
+        self.everything = check_parameters(options, groups)
+        self.level = Level.of(self.architecture, self.everything)
+        self.theta = memory.named_theta(*self.level)
+        names = [name for group in groups for name in group.get("param_names", ())]
+        self.named = bool(names)
+        filled = [i for i, (_, _, p, _) in enumerate(self.everything) if p.numel()]
+        shapes = [tuple(self.everything[i][2].shape) for i in filled]
+        rows = self.architecture.init_rows(self.theta, shapes) if filled else {}
+        self.members: list[_Member] = []
+        for row, i in enumerate(filled):
+            _, _, p, home = planned = self.everything[i]
+            name = names[i] if names else ""
+            initial = {key: a[row] for key, a in rows.items()}
+            self.members.append(
+                _Member(
+                    name,
+                    planned,
+                    dense_strides(p.shape, home.placement(p).order),
+                    home.layouts(self.architecture.accumulates(name, p.shape), p),
+                    initial,
+                    {key: _layout(a) for key, a in initial.items()},
+                )
+            )
+
+    def checked_state(self, member: _Member, entries: Mapping[str, Any], copy: bool) -> dict[str, Any]:
+        """`state.checked_state` of a parameter."""
+        what = f"state of {member.planned[1]}"
+        check_keys(what, [*member.accumulators, *member.row_layouts], entries, _HINT)
+        p = member.planned[2]
+        return {
+            **checked_arrays(what, member.accumulators, p.device, entries, copy),
+            **checked_arrays(what, member.row_layouts, self.level.device, entries, copy),
+        }
+
+    def initial_state(self, member: _Member) -> dict[str, Any]:
+        p = member.planned[2]
+        zeros = {
+            key: torch.empty_strided(shape, strides, dtype=dtype, device=p.device).zero_()
+            for key, (shape, strides, dtype) in member.accumulators.items()
+        }
+        return zeros | {key: a.clone() for key, a in member.initial_rows.items()}
+
+    def initial_shared(self, num_steps: int | None) -> dict[str, Any]:
+        arrays = self.architecture.init_shared(self.theta)
+        step = torch.zeros((), dtype=torch.int64, device=self.level.device)
+        return {"step": step, "num_steps": num_steps} | {key: a.clone() for key, a in arrays.items()}
+
+    def checked_shared(self, groups: Groups, copy: bool) -> dict[str, Any]:
+        """The shared state of `groups`, as `checked_state`. Raises ValueError if it is missing or does not fit."""
+        what, found = f"{SHARED!r} of parameter group 0", groups[0].get(SHARED)
+        if not isinstance(found, dict):
+            raise ValueError(
+                f"{what} is missing: a state of {self.architecture.NAME} has it; was this one saved by another "
+                "optimizer?"
+            )
+        arrays = self.architecture.init_shared(self.theta)
+        check_keys(what, ["step", "num_steps", *arrays], found, _HINT)
+        layouts = {key: _layout(a) for key, a in arrays.items()}
+        return {
+            "step": checked_step(what, found["step"], self.level.device, copy),
+            "num_steps": found["num_steps"],
+            **checked_arrays(what, layouts, self.level.device, found, copy),
+        }
+
+
+class ArchitecturePlan:
+    """Everything that a step needs and that stays equal from step to step; see `plan.Plan`, whose interface it has."""
+
+    def __init__(
+        self, options: Options[Architecture], memory: device.Memory, groups: Groups, state: State
+    ) -> None:
+        self.options = options
+        self._model = model = _Model(options, memory, groups)
+        if device.capturing(model.level.device):
+            raise RuntimeError(f"a step of {options.spec.NAME} cannot be captured into a CUDA graph")
+        for _, name, p, _ in model.everything:
+            if p.grad is not None:
+                check_gradient(name, p)
+        shared = model.checked_shared(groups, copy=False)
+        kept = [
+            model.checked_state(m, state[m.planned[2]], copy=False) if state.get(m.planned[2]) else None
+            for m in model.members
+        ]
+        # All is checked; from here on things are written.
+        groups[0][SHARED].update(shared)
+        for member, entries in zip(model.members, kept, strict=True):
+            p = member.planned[2]
+            if p.grad is not None and p.grad.is_neg():
+                p.grad = p.grad.resolve_neg()
+            if entries is not None:
+                state[p].update(entries)
+            elif p.grad is not None:
+                state[p] = model.initial_state(member)
+        self._members = [m for m in model.members if m.planned[2].grad is not None]
+        self._collect(groups, state)
+        self._known = _fingerprint(groups, state)
+
+    def _collect(self, groups: Groups, state: State) -> None:
+        """What operations take."""
+        self._params = [m.planned[2] for m in self._members]
+        self._targets = [p.detach() for p in self._params]
+        self._accumulators = [
+            {key: state[p][key] for key in m.accumulators}
+            for m, p in zip(self._members, self._params, strict=True)
+        ]
+        self._states = []
+        for member, found in zip(self._members, self._accumulators, strict=True):
+            _, _, p, home = member.planned
+            unused = torch.zeros(0, dtype=home.sums, device=p.device)
+            self._states.append(TensorState(*(found.get(key, unused) for key in TensorState._fields)))
+        keys = self._members[0].row_layouts if self._members else ()
+        self._rows = {key: [state[p][key] for p in self._params] for key in keys}
+        shared = groups[0][SHARED]
+        self._step = shared["step"]
+        self._shared = {key: a for key, a in shared.items() if key not in ("step", "num_steps")}
+        backends = {home.backend for _, _, _, home in self._model.everything}
+        self._backend = backends.pop() if len(backends) == 1 else "reference"
+        self._host = self._model.level.device.type in HOST
+
+    @staticmethod
+    def check(options: Options[Architecture], groups: Groups) -> None:
+        """Raise ValueError or BackendError, naming the parameter, unless all of them can be optimized."""
+        Level.of(options.spec, check_parameters(options, groups))
+
+    @staticmethod
+    def loaded(
+        options: Options[Architecture], memory: device.Memory, groups: Groups, state: State
+    ) -> tuple[Groups, State]:
+        """Groups and state as loaded, checked and copied. Raises ValueError, naming the parameter."""
+        model = _Model(options, memory, groups)
+        shared = model.checked_shared(groups, copy=True)
+        copies = {
+            m.planned[2]: model.checked_state(m, state[m.planned[2]], copy=True)
+            for m in model.members
+            if state.get(m.planned[2])
+        }
+        return [{**groups[0], SHARED: shared}, *groups[1:]], {**state, **copies}
+
+    def step(
+        self,
+        groups: Groups,
+        state: State,
+        grad_scale: Any,
+        found_inf: Any,
+        max_grad_norm: float | None,
+        loss: Any,
+        num_steps: int | None,
+    ) -> bool:
+        """As `plan.Plan.step`; `loss` and `num_steps` as `LearnedOptimizer` takes them."""
+        if _fingerprint(groups, state) != self._known:
+            return False
+        lrs, weight_decays = hyperparameters(groups, read_devices=self._host)
+        if found_inf is not None:
+            if (self._host or on_host(found_inf)) and float(found_inf) > 0.0:
+                return True
+            found_inf = None if self._host or on_host(found_inf) else found_inf.to(self._model.level.device)
+        if not self._members:
+            return True
+        gradients = [p.grad for p in self._params]
+        scale = self._gradient_factor(gradients, grad_scale, max_grad_norm)
+        architecture, level = self._model.architecture, self._model.level
+
+        def for_each(values: Sequence[Number]) -> list[Number]:
+            here = [_scalar(value, level.device) for value in values]
+            return [here[m.planned[0]] for m in self._members]
+
+        tensors = ModelTensors(
+            params=[self._operand(m, p) for m, p in zip(self._members, self._targets, strict=True)],
+            grads=[self._operand(m, g.detach()) for m, g in zip(self._members, gradients, strict=True)],
+            states=self._states,
+            lr=for_each(lrs),
+            weight_decay=for_each(weight_decays),
+            names=[m.name for m in self._members] if self._model.named else (),
+            grad_scale=scale,
+            apply=True,
+        )
+        inputs = Inputs(
+            self._step,
+            None if num_steps is None else level.number(num_steps),
+            level.number(loss) if architecture.needs_loss else None,
+        )
+        rows = {key: torch.stack(values) for key, values in self._rows.items()}
+        shared = {
+            key: a.clone() for key, a in self._shared.items()
+        }  # a new array may be an old one of another name
+        with _no_autocast(level.device.type):
+            update = architecture.step(
+                implementation(self._backend), self._model.theta, tensors, rows, shared, inputs
+            )
+        targets, values = self._written(update.outputs, update.states, update.rows, update.shared)
+        targets.append(self._step)
+        values.append(self._step + 1)
+        if found_inf is not None:
+            stay = found_inf.reshape(()) > 0
+            values = [
+                torch.where(stay, old, new.to(old.dtype)) for old, new in zip(targets, values, strict=True)
+            ]
+        torch._foreach_copy_(targets, values)
+        groups[0][SHARED]["num_steps"] = num_steps
+        return True
+
+    def _operand(self, member: _Member, a: torch.Tensor) -> torch.Tensor:
+        """`a`, or a copy: in the type that is computed in, for kernels dense in the memory order of the parameter."""
+        _, _, p, home = member.planned
+        if self._backend == "cpu" and a.stride() != member.strides:
+            return torch.empty_strided(p.shape, member.strides, dtype=p.dtype, device=p.device).copy_(a)
+        return a if a.dtype == home.sums else a.to(home.sums)
+
+    def _gradient_factor(
+        self, gradients: Sequence[Any], grad_scale: Any, max_grad_norm: float | None
+    ) -> Number:
+        """What gradients are multiplied by: loss scaling undone, norm clipped."""
+        scale: Number = 1.0
+        if isinstance(grad_scale, torch.Tensor) and not (self._host or on_host(grad_scale)):
+            scale = grad_scale.to(self._model.level.device).reshape(()).reciprocal()
+        elif grad_scale is not None:
+            scale = 1.0 / float(grad_scale)
+        if max_grad_norm is None:
+            return scale
+        return scale * clip_factor(gradients, scale, max_grad_norm)
+
+    def _written(
+        self,
+        outputs: Sequence[torch.Tensor],
+        states: Sequence[TensorState],
+        rows: Mapping[str, torch.Tensor],
+        shared: Mapping[str, torch.Tensor],
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """What to write where; not what operations have written in place."""
+        pairs = list(zip(self._targets, outputs, strict=True))
+        for entries, after in zip(self._accumulators, states, strict=True):
+            pairs += [(a, getattr(after, key)) for key, a in entries.items()]
+        for key, values in self._rows.items():
+            pairs += zip(values, rows[key].unbind(), strict=True)
+        pairs += [(a, shared[key]) for key, a in self._shared.items()]
+        pairs = [(old, new) for old, new in pairs if new is not old]
+        return [old for old, _ in pairs], [new for _, new in pairs]
+
+
+def observe_validation(
+    options: Options[Architecture], memory: device.Memory, groups: Groups, loss: torch.Tensor | float
+) -> None:
+    """Tell the architecture a loss on validation data."""
+    model = _Model(options, memory, groups)
+    shared = model.checked_shared(groups, copy=False)
+    arrays = {key: a.clone() for key, a in shared.items() if key not in ("step", "num_steps")}
+    arrays = model.architecture.observe_validation(model.theta, arrays, model.level.number(loss))
+    groups[0][SHARED].update(shared)
+    for key, a in arrays.items():
+        shared[key].copy_(a)
+
+
+def create_shared(
+    options: Options[Architecture], memory: device.Memory, groups: Groups, num_steps: int | None
+) -> None:
+    """Put the state of the whole model before the first step into the first group."""
+    groups[0][SHARED] = _Model(options, memory, groups).initial_shared(num_steps)
+
+
+def _layout(a: torch.Tensor) -> Layout:
+    a = a.contiguous()
+    return tuple(a.shape), a.stride(), a.dtype
+
+
+def _scalar(value: Number, where: torch.device) -> Number:
+    """A number, or a tensor () on this device."""
+    return moved(value.detach().reshape(()), where) if isinstance(value, torch.Tensor) else value
+
+
+def _no_autocast(kind: str) -> AbstractContextManager[Any]:
+    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if enabled else nullcontext()
+
+
+def _fingerprint(groups: Groups, state: State) -> list[Any]:
+    """Equal as long as a plan fits: memory of parameters and state, and which of them have a gradient."""
+    found: list[Any] = [_places(groups[0].get(SHARED))]
+    for group in groups:
+        for p in group["params"]:
+            g = p.grad
+            usable = g is not None and (
+                g.layout is torch.strided
+                and (g.dtype, g.device, g.shape) == (p.dtype, p.device, p.shape)
+                and not g.is_neg()
+                and (g.data_ptr() != 0 or p.device.type == "meta" or not g.numel())
+            )
+            found.append(
+                (
+                    id(p),
+                    p.data_ptr(),
+                    p.dtype,
+                    p.device,
+                    p.shape,
+                    p.stride(),
+                    g is None,
+                    usable,
+                    _places(state.get(p)),
+                )
+            )
+    return found
+
+
+def _places(entries: Any) -> Any:
+    """Where the arrays of a dict lie."""
+    if not entries:
+        return None
+    return id(entries), [
+        (key, id(a), a.data_ptr()) for key, a in entries.items() if isinstance(a, torch.Tensor)
+    ]
