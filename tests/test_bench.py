@@ -621,9 +621,30 @@ def test_width_command_plots(tmp_path: Path) -> None:
     assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_architectures_command(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    file = tmp_path / "architectures.json"
+    output = run_command(
+        "architectures", "--architecture", "small_fc_lopt,celo,adamw", "--sizes", "8,3:10", "--seconds", "0",
+        "--json", str(file),
+    )  # fmt: skip
+    rows = records.read(file)["results"]
+    assert [(r["workload"], r["architecture"]) for r in rows] == [
+        (size, name) for size in ("8", "3:10") for name in ("small_fc_lopt", "celo", "adamw")
+    ]
+    assert [r["parameters"] for r in rows] == [64] * 3 + [30] * 3
+    for r in rows:
+        assert r["step"]["median"] > 0.0
+        assert (r["operations"] is None) == (r["architecture"] == "small_fc_lopt")  # its plan calls none
+        if r["operations"] is not None:
+            assert 0.0 < r["operations"]["median"] < r["step"]["median"]
+    assert "| 3:10 | celo | cpu |" in output
+
+
 @pytest.mark.parametrize(
     ("arguments", "culprit"),
     [
+        (("architectures", "--architecture", "slower"), "slower"),
         (("update", "--sizes", "nonsense"), "nonsense"),
         (("update", "--width", "1"), "hidden_size=1"),
         (("update", "--width", "four"), "four"),

@@ -16,6 +16,7 @@ from ..backends import BackendError, choose
 from ..spec import Spec, SpecError, Statistics
 from . import (
     BenchmarkError,
+    architectures,
     contenders,
     estimators,
     gpu,
@@ -317,6 +318,29 @@ def meta_command(
         counts = _list("--devices", devices or ",".join(map(str, sorted({1, config.threads}))), int)
         results = meta.run(_list("--pairs", pairs, int), counts, truncation, seconds, _say)
         _finish("meta", results, config, {"truncation": truncation}, load, json)
+
+
+@app.command("architectures")
+def architectures_command(
+    architecture: Annotated[str, typer.Option(help="Names by commas.")] = ",".join(architectures.names()),
+    sizes: Annotated[
+        str,
+        typer.Option(help="perceptron (768-256-256-10), or sizes as in `bench update`; several by commas."),
+    ] = "perceptron,10:1024x1024,1000:25x40",
+    seconds: Annotated[float, typer.Option(min=0, help="How long each row is measured.")] = 5.0,
+    threads: Threads = None,
+    backend: Backend = "auto",
+    json: Json = None,
+) -> None:
+    """A step of every architecture in PyTorch, against AdamW and against its own operations."""
+    with _errors():
+        config = _config(threads)
+        load = _load()
+        results = architectures.run(
+            _list("--architecture", architecture, str), _list("--sizes", sizes, str),
+            threads=config.threads, seconds=seconds, backend=backend, say=_say,
+        )  # fmt: skip
+        _finish("architectures", results, config, {"backend": backend, "dtype": "float32"}, load, json)
 
 
 @app.command("estimators")

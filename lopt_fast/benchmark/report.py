@@ -270,6 +270,34 @@ def meta(record: Record) -> str:
     return f"{table(header, rows)}\n\n{note}"
 
 
+def architectures(record: Record) -> str:
+    """Times of steps, a row for each workload and architecture."""
+    header = [
+        "tensors",
+        "architecture",
+        "backend",
+        "step",
+        "ns/param.",
+        "vs AdamW fused",
+        "operations",
+        "step / operations",
+    ]
+    rows = [
+        [
+            r["workload"],
+            r["architecture"],
+            r["backend"],
+            seconds(r["step"]["median"]),
+            digits(r["ns_per_parameter"]),
+            ratio(r["vs_adamw"]),
+            seconds(r["operations"]["median"]) if r["operations"] else "",
+            ratio(r["vs_operations"]),
+        ]
+        for r in record["results"]
+    ]
+    return table(header, rows)
+
+
 def render(record: Record) -> str:
     """The record's tables, then where they come from."""
     kind = record["benchmark"]
@@ -283,6 +311,8 @@ def render(record: Record) -> str:
         body = estimators(record)
     elif kind == "meta":
         body = meta(record)
+    elif kind == "architectures":
+        body = architectures(record)
     else:
         body = comparisons(record)
         if kind == "update":
