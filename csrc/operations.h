@@ -20,7 +20,7 @@ struct OperationTensor {
   Dtype dtype;
   Loops loops;
   const void *param, *grad;
-  void* output;  // may be the parameter itself
+  void* output;  // may be the parameter itself, or the gradient
   void *momentum, *second_moment, *row, *column;
   int64_t momentum_stride, second_moment_stride, row_stride, column_stride;
   int64_t normalised_over;  // elements of the innermost axes that share normalisers; 0: all

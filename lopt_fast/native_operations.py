@@ -6,9 +6,9 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import astuple, replace
-from functools import cache, lru_cache
+from functools import lru_cache
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -200,13 +200,18 @@ class _Counts(NamedTuple):
         return cls(accumulates.momenta, accumulates.second_moments, accumulates.factored_moments)
 
 
+_Stack: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
+"""Shape and strides, in elements, of averages of one kind that follow each other in memory."""
+
+
 class _Layout(NamedTuple):
     """How a parameter that the kernels take lies in memory, and how its state does."""
 
+    itemsize: int
     kernel: tuple[Any, ...]
     """(is float64, loops, elements that share normalisers), see csrc/operations_python.cc"""
-    state: tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...]
-    """Of each array of `_STATE`: how many averages; shape and strides in elements of each."""
+    state: tuple[_Stack | None, ...]
+    """Of each array of `_STATE`; they may be further apart. None where there is none."""
 
 
 class _Call:
@@ -247,48 +252,57 @@ def _entry(
     p: Array, g: Array, state: TensorState, counts: _Counts, by_matrix: bool
 ) -> tuple[tuple[Any, ...], tuple[int, ...], tuple[int, ...]] | str:
     """(layout, addresses of parameter, gradient and state, distances of the averages of each kind), or why not."""
-    if problem := _not_in_memory(p) or _not_in_memory(g):
+    if problem := _unusual(p) or _unusual(g):
         return problem
-    shape, strides, is_float64 = tuple(p.shape), _strides(p), _is_float64(p.dtype)
-    layout = _layout(shape, strides, is_float64, counts, by_matrix)
+    memory = _memory(p)
+    if isinstance(memory, str):
+        return memory
+    shape, strides, dtype, address = memory
+    layout = _layout(shape, strides, dtype, counts, by_matrix)
     if isinstance(layout, str):
         return layout
-    if tuple(g.shape) != shape or g.dtype != p.dtype or not _same(shape, _strides(g), strides):
+    memory = _memory(g)
+    if isinstance(memory, str):
+        return memory
+    g_shape, g_strides, g_dtype, g_address = memory
+    if (
+        g_shape != shape
+        or g_dtype != dtype
+        or (g_strides != strides and not _same(shape, g_strides, strides))
+    ):
         return "the gradient does not lie in memory as the parameter, in its type"
-    addresses, distances = [_address(p), _address(g)], []
-    for name, a, (count, a_shape, a_strides) in zip(_STATE, state[:4], layout.state, strict=True):
-        if not count:
+    addresses, distances, together = [address, g_address], [], address | g_address
+    for name, a, expected in zip(_STATE, state, layout.state, strict=False):
+        if expected is None:
             addresses.append(0)
             distances.append(0)
             continue
-        if problem := _not_in_memory(a):
-            return f"{name}: {problem}"
-        found = _strides(a)
-        if (
-            tuple(a.shape) != (count, *a_shape)
-            or a.dtype != p.dtype
-            or not _same(a_shape, found[1:], a_strides)
-        ):
-            return f"{name} is not ({count}, ...) in the parameter's type and order in memory"
-        addresses.append(_address(a))
-        distances.append(found[0])
-        if count > 1 and found[0] < math.prod(a_shape):
+        memory = _memory(a)
+        if isinstance(memory, str):
+            return f"{name}: {memory}"
+        a_shape, a_strides, a_dtype, address = memory
+        e_shape, e_strides = expected
+        same = a_strides == e_strides or _same(e_shape[1:], a_strides[1:], e_strides[1:])
+        if a_dtype != dtype or a_shape != e_shape or not same:
+            return f"{name} is not {e_shape} in the parameter's type and order in memory"
+        if e_shape[0] > 1 and a_strides[0] < e_strides[0]:
             return f"the averages of {name} overlap"
-    if any(address % (8 if is_float64 else 4) for address in addresses):
+        addresses.append(address)
+        distances.append(a_strides[0])
+        together |= address
+    if together % layout.itemsize:
         return "an array is not aligned to its item size"
     return layout.kernel, tuple(addresses), tuple(distances)
 
 
 @lru_cache(maxsize=4096)
 def _layout(
-    shape: tuple[int, ...],
-    strides: tuple[int, ...],
-    is_float64: bool | None,
-    counts: _Counts,
-    by_matrix: bool,
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any, counts: _Counts, by_matrix: bool
 ) -> _Layout | str:
-    if is_float64 is None:
+    itemsize = {"float32": 4, "float64": 8}.get(str(dtype).removeprefix("torch."))
+    if itemsize is None:
         return "the kernels take float32 and float64"
+    shape = tuple(shape)
     order = memory_order(strides, shape)
     if not _same(shape, strides, dense_strides(shape, order)):
         return "the parameter has gaps in memory"
@@ -299,23 +313,21 @@ def _layout(
             return "normalised by matrix, the parameter must lie in memory in the order of its axes"
         normalised_over = math.prod(shape[-2:])
 
-    def state(
-        count: int, of: tuple[int, ...], without: int | None
-    ) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    def state(count: int, of: tuple[int, ...], without: int | None = None) -> _Stack | None:
         kept = [axis for axis in range(len(shape)) if axis != without]
-        return count, of, dense_strides(of, [kept.index(axis) for axis in order if axis != without])
+        inner = dense_strides(of, [kept.index(axis) for axis in order if axis != without])
+        return ((count, *of), (math.prod(of), *inner)) if count else None
 
     n_m, n_r, n_f = counts
     d1, d0 = factored_dims(shape) or (None, None)
-    row = shape if d0 is None else row_shape(shape)
-    column = () if d0 is None else column_shape(shape)
     return _Layout(
-        (is_float64, astuple(loops(shape, order)), normalised_over),
+        itemsize,
+        (itemsize == 8, astuple(loops(shape, order)), normalised_over),
         (
-            state(n_m, shape, None),
-            state(n_r, shape, None),
-            state(n_f, row, d0),
-            (0, (), ()) if d0 is None else state(n_f, column, d1),
+            state(n_m, shape),
+            state(n_r, shape),
+            state(n_f, shape if d0 is None else row_shape(shape), d0),
+            None if d0 is None else state(n_f, column_shape(shape), d1),
         ),
     )
 
@@ -340,32 +352,24 @@ def _check_library(tensors: ModelTensors) -> None:
             )
 
 
-def _not_in_memory(a: Array) -> str | None:
+def _memory(a: Array) -> tuple[tuple[int, ...], tuple[int, ...], Any, int] | str:
+    """(shape, strides in elements, type, address), or the reason why there is no such memory."""
     if isinstance(a, np.ndarray):
-        return "an array is not aligned to its item size" if not a.flags.aligned else None
-    if not _is_strided(a.layout):
-        return f"a tensor has layout {a.layout}"
-    if a.device.type != "cpu":
+        if not a.flags.aligned:
+            return "an array is not aligned to its item size"
+        return a.shape, tuple([s // a.itemsize for s in a.strides]), a.dtype, _address(a)
+    if not a.is_cpu:
         return f"a tensor is on {a.device}"
-    return "a tensor is lazily negated" if a.is_neg() else None
+    return a.shape, a.stride(), a.dtype, a.data_ptr()
 
 
-@cache
-def _is_strided(layout: Any) -> bool:
-    return str(layout) == "torch.strided"
-
-
-@cache
-def _is_float64(dtype: Any) -> bool | None:
-    """None for types that the kernels do not take."""
-    return {"float32": False, "float64": True}.get(str(dtype).removeprefix("torch."))
-
-
-def _strides(a: Array) -> tuple[int, ...]:
-    """In elements."""
+def _unusual(a: Array) -> str | None:
+    """None, or the reason why the memory of `a` does not hold its elements."""
     if isinstance(a, np.ndarray):
-        return tuple(s // a.itemsize for s in a.strides)
-    return a.stride()
+        return None
+    if a.layout is not sys.modules["torch"].strided:
+        return f"a tensor has layout {a.layout}"
+    return "a tensor is lazily negated" if a.is_neg() else None
 
 
 def _address(a: Array) -> int:

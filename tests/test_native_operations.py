@@ -157,7 +157,7 @@ def test_element_mlp(name: str, dtype: str) -> None:
         )
 
 
-LARGE: list[tuple[int, ...]] = [(300, 401), (90_001,), (7, 20_000), (24, 16, 3, 3), (3, 70, 400)]
+LARGE: list[tuple[int, ...]] = [(300, 401), (90_001,), (2, 70_001), (24, 16, 3, 3), (3, 70, 400)]
 """Cut into several tiles, or into several tasks."""
 
 

@@ -139,6 +139,8 @@ CONSTANTS = {
     "kDiagonalEpsilon": reference.DIAGONAL_EPSILON,
     "kFactorEpsilon": reference.FACTOR_EPSILON,
     "kNormaliserEpsilon": reference.NORMALISER_EPSILON,
+    "kLogEpsilon": reference.LOG_EPSILON,
+    "kGradientBound": reference.GRADIENT_BOUND,
     "kLaggedClip": spec_module.LAGGED_CLIP,
     "kMomenta": len(Spec().momentum_decays),
     "kFactored": len(Spec().adafactor_decays),

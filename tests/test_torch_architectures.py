@@ -57,6 +57,10 @@ def backend(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     if name == "cpu" and not hasattr(backends._import_native()[0], "element_mlp"):
         pytest.skip(f"no compiled kernels: {backends._import_native()[1]}")
+    tried = getattr(request.node, "callspec", None)
+    kind = ARCHITECTURES[tried.params["name"]]() if tried and "name" in tried.params else None
+    if name == "cpu" and isinstance(kind, Architecture) and not kind.has_kernels:
+        pytest.skip(f"{kind.NAME} is plain array code")
     return name
 
 
@@ -735,6 +739,8 @@ def test_unusable_arguments() -> None:
         make("celo", params, backend="gpu-farm")
     with pytest.raises(backends.BackendError, match=r"cuda.*celo"):
         make("celo", params, backend="cuda")
+    with pytest.raises(backends.BackendError, match=r"cpu.*sgdm is plain array code"):
+        make("sgdm", params, backend="cpu")
     optimizer = make("celo", params)
     with pytest.raises(ValueError, match="one device"):
         optimizer.add_param_group({"params": [("late", torch.zeros(3, device="meta"))]})

@@ -19,7 +19,7 @@ from lopt_fast.operations.adam import AdamScalars
 SCALARS = tl.constexpr(len(AdamScalars._fields))
 _PLACES = {name: i for i, name in enumerate(AdamScalars._fields)}
 
-BLOCK = 1024
+BLOCK = (1024, 4)  # elements, warps
 
 
 @triton.constexpr_function

@@ -18,7 +18,8 @@ constexpr int64_t kScratchPadding = 64;
 // with several members: the row of the first, the others follow; -1: the group is not an input.
 struct FeatureRows {
   int32_t count = 0;
-  int32_t g = -1, clip_g = -1, p = -1, log_abs_p = -1, m = -1, v = -1, root_v = -1, g_root_v = -1, m_root_v = -1;
+  int32_t g = -1, clip_g = -1, p = -1, log_abs_p = -1, m = -1, v = -1, root_v = -1, g_root_v = -1,
+          m_root_v = -1;
   int32_t fac_g = -1, fac_m = -1;
   // Below rank 2 `row` and `row_root` stand for both axes. Of factored tensors these four are features where
   // normalisers differ from matrix to matrix; else they are in x_bias and y_bias.

@@ -5,8 +5,8 @@
 namespace lopt {
 namespace {
 
-// Spread of the n numbers of a row, zeros behind them up to a whole vector: first the mean, then the distances from
-// it, whose sum corrects both. The row lies in the first-level cache.
+// Spread of the n numbers of a row, zeros behind them up to a whole vector: first the mean, then the
+// distances from it, whose sum corrects both. The row lies in the first-level cache.
 template <typename T>
 LOPT_INLINE Spread row_spread(const T* row, int64_t n) {
   using V = Vec<T>;

@@ -17,7 +17,7 @@ from lopt_fast.kernels.common.triton import (
     tile_of,
 )
 
-BLOCK = 512
+BLOCK = (512, 4)  # elements, warps
 MERGE_BLOCK = 64
 INFINITY = tl.constexpr(float("inf"))
 

@@ -40,6 +40,7 @@ class Adafactor(Baseline):
     """Defaults are those of the paper (section 9), with optax's smallest size of what is factored."""
 
     NAME: ClassVar[str] = "adafactor"
+    has_kernels: ClassVar[bool] = False
 
     learning_rate: float = 0.01
     relative_step: bool = True

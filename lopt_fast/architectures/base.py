@@ -54,6 +54,12 @@ class Architecture(Hyperparameters):
     needs_loss: ClassVar[bool] = False
 
     @property
+    def has_kernels(self) -> bool:
+        """Whether its work on every parameter is in operations that kernels compute. If not it is plain array code,
+        whatever the backend."""
+        return True
+
+    @property
     def needs_num_steps(self) -> bool:
         """Where it does not depend on hyperparameters, a ClassVar."""
         return False

@@ -151,6 +151,10 @@ class Celo2(Architecture):
             return True
         return bool(self.adam_names) and re.search(self.adam_names, name) is not None
 
+    @property
+    def has_kernels(self) -> bool:
+        return not self.bias_correction
+
     def accumulates(self, name: str, shape: Sequence[int]) -> Accumulates:
         return ADAM_AVERAGES if self.uses_adam(name, shape) else self.mlp
 

@@ -29,6 +29,7 @@ class SgdM(Baseline):
     """Without `nesterov` and `l2`, `optax.sgd(learning_rate, momentum)`."""
 
     NAME: ClassVar[str] = "sgdm"
+    has_kernels: ClassVar[bool] = False
 
     learning_rate: float = 0.01
     momentum: float = 0.9

@@ -11,6 +11,12 @@ from ..backends import BACKENDS, BackendError, BackendWarning, native
 from ..native import DTYPES
 from ..native_operations import CpuOperations, unsupported
 from ..operations import ElementMlp, Operations, Reference
+from . import triton_operations
+from .triton import FLOATS, available
+from .triton_operations import TritonOperations
+
+TRITON_DEVICES = ["cuda"]
+"""Types of devices that the Triton kernels run on, ROCm's among them: PyTorch calls them so."""
 
 _warned: set[str] = set()
 
@@ -27,19 +33,23 @@ def operations_backend(
         raise BackendError(f"backend={backend!r}: must be one of {', '.join(BACKENDS)}")
     if backend == "reference":
         return backend
-    if backend in ("auto", "cpu"):
-        reason = _cpu_refusal(architecture, device_type, dtype_name)
-    else:
-        reason = "it has no kernels for the operations of this architecture so far"
-    if reason is None:
-        return "cpu"
+    refusals = {"triton": _triton_refusal, "cpu": _cpu_refusal}
+    reasons = {}
+    for name in refusals if backend == "auto" else (backend,):
+        if name not in refusals:
+            reasons[name] = "it has no kernels for the operations of this architecture so far"
+        elif reason := refusals[name](architecture, device_type, dtype_name):
+            reasons[name] = reason
+        else:
+            return name
     if backend != "auto":
         raise BackendError(
-            f"backend={backend!r} of {architecture.NAME} cannot be used: {reason}. "
+            f"backend={backend!r} of {architecture.NAME} cannot be used: {reasons[backend]}. "
             "Use backend='auto' to take the best that can, backend='reference' for plain array code."
         )
     message = (
-        f"{architecture.NAME} on {device_type} uses the reference implementation, which is slow (cpu: {reason}). "
+        f"{architecture.NAME} on {device_type} uses the reference implementation, which is slow "
+        f"({'; '.join(f'{name}: {reason}' for name, reason in reasons.items())}). "
         "backend='reference' chooses it without this warning."
     )
     if message not in _warned:
@@ -48,15 +58,36 @@ def operations_backend(
     return "reference"
 
 
-def implementation(backend: str) -> Operations:
-    """The operations of a backend, as of now: the number of threads is PyTorch's."""
+def implementation(backend: str, found_inf: torch.Tensor | None = None) -> Operations:
+    """The operations of a backend, as of now: the number of threads is PyTorch's.
+
+    found_inf: on a GPU, see `TritonOperations`; the others do not read it.
+    """
+    if backend == "triton":
+        return TritonOperations(found_inf)
     return CpuOperations("openmp", torch.get_num_threads()) if backend == "cpu" else Reference()
+
+
+def _triton_refusal(architecture: Architecture, device_type: str, dtype_name: str) -> str | None:
+    """None if the Triton kernels can compute the operations of `architecture`, else the reason why not."""
+    if device_type not in TRITON_DEVICES:
+        return f"it runs on {' and '.join(TRITON_DEVICES)}, these arrays are on {device_type}"
+    if not architecture.has_kernels:
+        return f"{architecture.NAME} is plain array code, with these hyperparameters at least"
+    if reason := available():
+        return reason
+    if dtype_name not in FLOATS:
+        return f"it takes {', '.join(FLOATS)}, not {dtype_name}"
+    mlp = getattr(architecture, "mlp", None)
+    return triton_operations.unsupported(mlp) if isinstance(mlp, ElementMlp) else None
 
 
 def _cpu_refusal(architecture: Architecture, device_type: str, dtype_name: str) -> str | None:
     """None if the CPU kernels can compute the operations of `architecture`, else the reason why not."""
     if device_type != "cpu":
         return f"it runs on cpu, these arrays are on {device_type}"
+    if not architecture.has_kernels:
+        return f"{architecture.NAME} is plain array code, with these hyperparameters at least"
     try:
         core = native()
     except BackendError as error:
