@@ -509,7 +509,7 @@ def test_reference_can_be_differentiated():
 @needs_kernel
 def test_other_platforms_take_the_reference(monkeypatch):
     """The choice is made when a program is lowered: the kernel on CPU, the reference elsewhere."""
-    monkeypatch.setattr(call, "_platforms", lambda: ["cpu", "tpu"])
+    monkeypatch.setattr(call, "known_platforms", lambda: ["cpu", "tpu"])
     spec = Spec(hidden_size=16)
     params, tx = {"w": jnp.ones((3, 2))}, optimizer(spec, make_theta(spec))
     step = jax.jit(lambda p: tx.step(p, tx.init(p), p))
@@ -690,7 +690,7 @@ def test_refused_handler_falls_back_once(monkeypatch):
     """A handler that JAX rejects costs a warning, not JAX."""
     monkeypatch.setattr(call, "choose", lambda *_: "cpu")
     monkeypatch.setattr(call, "registration_failure", lambda *_: "rejected for the test")
-    call._warn_once.cache_clear()
+    call.warn_once.cache_clear()
     spec = Spec(hidden_size=16)
     params, theta = {"w": jnp.ones(3)}, make_theta(spec)
     tx, forced = optimizer(spec, theta), optimizer(spec, theta, backend="cpu")

@@ -201,7 +201,7 @@ def with_gpu(monkeypatch):
             return "reference" if dtype == "float64" else "cuda"
         return real(spec, device, dtype, backend, **options)
 
-    monkeypatch.setattr(call, "_platforms", lambda: ["cuda", "cpu"])
+    monkeypatch.setattr(call, "known_platforms", lambda: ["cuda", "cpu"])
     monkeypatch.setattr(call, "choose", choose)
     failure = call.registration_failure
     monkeypatch.setattr(call, "registration_failure", lambda name: None if name == "cuda" else failure(name))
@@ -253,7 +253,7 @@ def test_gpu_without_a_kernel_warns_once(with_gpu, monkeypatch):
         return "triton" if device == "cuda" else with_gpu(spec, device, dtype, backend, **options)
 
     monkeypatch.setattr(call, "choose", choose)
-    call._warn_once.cache_clear()
+    call.warn_once.cache_clear()
     with pytest.warns(BackendWarning, match="no CUDA module for the test"):
         text = lowered(optimizer(), {"w": jnp.ones((3, 2))}, "cuda")
     assert "lopt_fast_small_fc_step" not in text

@@ -320,7 +320,7 @@ def test_warm_start_trains(layers: int) -> None:
     task = toy_task()
     spec = Spec(hidden_layers=layers, step_mult=0.01)
     theta = {k: jnp.asarray(v) for k, v in warm_start_theta(spec, 3.0, 0).items()}
-    optimizer = inner_optimizer(spec, theta)
+    optimizer = inner_optimizer(spec, theta, 4)
     keys, draw = jax.random.split(jax.random.key(1), 60), sampler(task, task.data, jnp.asarray(0))
     _, losses = unroll(task, optimizer, start(task, optimizer, jax.random.key(0)), keys, draw)
     assert losses[-10:].mean() < 0.7 * losses[:5].mean()

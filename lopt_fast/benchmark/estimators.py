@@ -147,7 +147,7 @@ def _truncated(name: str, steps: int, problem: Problem) -> tuple[Any, Any]:
 
     checkpoint = load(problem.checkpoint)
     settings = {
-        "optimizer": {"spec": checkpoint.spec.to_dict()},
+        "optimizer": {"architecture": checkpoint.architecture, "spec": checkpoint.spec.to_dict()},
         "estimator": {"name": name, "std": problem.std, "pairs": 1},
         "truncation": {"steps": steps, "min_steps": problem.unroll, "max_steps": problem.unroll},
         "task": [dict(problem.task)],

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..spec import Spec
 from . import BenchmarkError, contenders, models, timing
 from .contenders import Config, Contender, Oracle
 from .models import Shapes
@@ -462,7 +463,8 @@ def pes(run: Run) -> None:
             run.skip(workload, f"{type(error).__name__}: {str(error).splitlines()[0]}")
             continue
         seconds = timing.summarise(samples)
-        inner = loop.inner_steps
+        inner, spec = loop.inner_steps, loop.config.spec
+        assert isinstance(spec, Spec)
         parameters = 64 * 32 + 32 + 32 * 10 + 10
         run.emit(
             {
@@ -471,8 +473,8 @@ def pes(run: Run) -> None:
                     "workload": workload,
                     "parameters": inner * parameters,
                     "contender": f"outer step, {inner // (2 * pairs)} inner steps",
-                    "width": loop.config.spec.hidden_size,
-                    "statistics": loop.config.spec.statistics,
+                    "width": spec.hidden_size,
+                    "statistics": spec.statistics,
                     "seconds": seconds.to_dict(),
                     "burst": 1,
                     "ns_per_parameter": seconds.median / (inner * parameters) * 1e9,

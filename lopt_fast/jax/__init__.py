@@ -18,7 +18,8 @@ except ImportError as _error:
         f"lopt_fast.jax needs jax and optax ({_error}): pip install 'lopt-fast[jax]'"
     ) from _error
 
+from .architecture import ArchitectureState
 from .state import LearnedOptimizerState
 from .transformation import LearnedOptimizer, learned_optimizer
 
-__all__ = ["LearnedOptimizer", "LearnedOptimizerState", "learned_optimizer"]
+__all__ = ["ArchitectureState", "LearnedOptimizer", "LearnedOptimizerState", "learned_optimizer"]

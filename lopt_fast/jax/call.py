@@ -99,7 +99,7 @@ def resolve(spec: Spec, dtypes: Sequence[str], backend: str) -> Choice:
     Raises BackendError if `backend` is unknown or cannot be used here. With "auto" the reference is taken where there
     is no kernel, with a warning that says so once.
     """
-    platforms = _platforms()
+    platforms = known_platforms()
     if backend == "triton":
         raise BackendError("backend='triton' is not for JAX: use 'cuda' on NVIDIA GPUs, or 'auto'")
     if backend != "auto":
@@ -114,12 +114,12 @@ def resolve(spec: Spec, dtypes: Sequence[str], backend: str) -> Choice:
     reason = refused.get(default, f"JAX has no kernel for {default}")
     # `choose` warns where nothing but the reference is left; what else it finds JAX cannot use.
     if reason and "reference" not in {choose(spec, default, d, "auto") for d in dtypes}:
-        _warn_once(f"small_fc_lopt uses the reference implementation, which is slow: {reason}")
+        warn_once(f"small_fc_lopt uses the reference implementation, which is slow: {reason}")
     kernels = tuple(platform for platform, refusal in refused.items() if refusal is None)
     return Choice(kernels, reference=kernels != tuple(platforms) or len(kernels) > 1)
 
 
-def _platforms() -> list[str]:
+def known_platforms() -> list[str]:
     """Platforms for which a program may be lowered in this process, the default one first."""
     found = jax.extend.backend.backends()
     default = jax.extend.backend.get_backend()
@@ -137,7 +137,8 @@ def _refusal(spec: Spec, platform: str, dtypes: Sequence[str]) -> str | None:
 
 
 @cache
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
+    """A BackendWarning, the first time that this is said."""
     warnings.warn(message, BackendWarning, stacklevel=5)
 
 

@@ -12,8 +12,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import optax
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
+from ..architectures import ARCHITECTURES, Architecture
 from ..checkpoint import Checkpoint, load
 from ..spec import Spec
 from .estimators import Estimator
@@ -38,21 +47,52 @@ class _Table(BaseModel):
 class OptimizerTable(_Table):
     """The learned optimizer."""
 
-    architecture: Literal["small_fc_lopt"] = "small_fc_lopt"
-    """Name of the architecture."""
+    architecture: str = Spec.NAME
+    """Name of the architecture: any in `lopt_fast.architectures` that has meta-parameters. Those that know the length
+    of the training are told that of each unroll."""
     spec: dict[str, Any] = {}
-    """Fields of `lopt_fast.spec.Spec` that differ from their defaults, for example { scale = "parameter_rms" }."""
+    """Hyperparameters of the architecture that differ from their defaults, for example { scale = "parameter_rms" }."""
     initial: str = "warm"
     """Meta-parameters to start from: "random"; "warm" (near m / sqrt(v), which saves the steps in which a random
-    network learns to follow the gradient at all); or the name or path of a checkpoint."""
+    network learns to follow the gradient at all; small_fc_lopt only, for others the default is "random"); or the name
+    or path of a checkpoint."""
     warm_scale: Annotated[float, Field(gt=0)] = 4.0
     """For "warm": the direction is this many times the normalised m / sqrt(v)."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_initial(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("architecture", Spec.NAME) != Spec.NAME:
+            return {"initial": "random", **values}
+        return values
+
+    @field_validator("architecture")
+    @classmethod
+    def _architecture(cls, value: str) -> str:
+        trained = [name for name, kind in ARCHITECTURES.items() if kind().theta_shapes]
+        if value not in trained:
+            what = "has no meta-parameters" if value in ARCHITECTURES else "is unknown"
+            raise ValueError(f"{value!r} {what}; must be one of {', '.join(trained)}")
+        return value
+
     @field_validator("spec")
     @classmethod
-    def _spec(cls, value: dict[str, Any]) -> dict[str, Any]:
-        Spec.from_dict(value)
+    def _spec(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if "architecture" in info.data:  # else it is refused itself
+            ARCHITECTURES[info.data["architecture"]].from_dict(value)
         return value
+
+    @field_validator("initial")
+    @classmethod
+    def _initial(cls, value: str, info: ValidationInfo) -> str:
+        name = info.data.get("architecture", Spec.NAME)
+        if value == "warm" and name != Spec.NAME:
+            raise ValueError(f"'warm' is for {Spec.NAME} only, not {name}: give \"random\" or a checkpoint")
+        return value
+
+    def make(self) -> Spec | Architecture:
+        """What the optimizer computes."""
+        return ARCHITECTURES[self.architecture].from_dict(self.spec)
 
 
 class EstimatorTable(_Table):
@@ -262,9 +302,9 @@ class MetaTrainConfig(_Table):
         return self
 
     @property
-    def spec(self) -> Spec:
+    def spec(self) -> Spec | Architecture:
         """What the optimizer computes."""
-        return Spec.from_dict(self.optimizer.spec)
+        return self.optimizer.make()
 
     def initial_checkpoint(self) -> Checkpoint | None:
         """The checkpoint to start from, if it is one. Raises CheckpointError if it does not fit."""

@@ -17,7 +17,8 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ..architectures import small_fc_lopt
+from ..architectures import Architecture, small_fc_lopt
+from ..architectures import initial_theta as random_theta
 from ..spec import Spec
 from . import devices
 from .config import ConfigError, MetaTrainConfig, TaskTable
@@ -79,7 +80,7 @@ def _truncated(config: MetaTrainConfig, table: TaskTable, task: Task) -> Truncat
     unravel = _vector(config.spec)[1]
     return TruncatedTask(
         task=task,
-        make_optimizer=lambda theta: inner_optimizer(config.spec, unravel(theta)),
+        make_optimizer=lambda theta, length: inner_optimizer(config.spec, unravel(theta), length),
         estimator=config.estimator.make(),
         lengths=Lengths(unroll.min_steps, unroll.max_steps),
         steps=config.truncation.steps,
@@ -89,7 +90,7 @@ def _truncated(config: MetaTrainConfig, table: TaskTable, task: Task) -> Truncat
     )
 
 
-def _vector(spec: Spec) -> tuple[jax.Array, Callable[[Any], Any]]:
+def _vector(spec: Spec | Architecture) -> tuple[jax.Array, Callable[[Any], Any]]:
     """(zeros (n,), vector -> meta-parameters by name)."""
     return ravel_pytree({name: np.zeros(shape, np.float32) for name, shape in spec.theta_shapes.items()})
 
@@ -99,13 +100,17 @@ def initial_theta(config: MetaTrainConfig) -> dict[str, np.ndarray]:
     spec, settings = config.spec, config.optimizer
     checkpoint = config.initial_checkpoint()
     if checkpoint is not None:
+        if checkpoint.architecture != spec.NAME:
+            raise ConfigError(
+                f"optimizer.initial: {settings.initial} is {checkpoint.architecture}, not {spec.NAME}"
+            )
         if checkpoint.spec.theta_shapes != spec.theta_shapes:
             raise ConfigError(
                 f"optimizer.initial: {settings.initial} has other meta-parameters than optimizer.spec"
             )
         return dict(checkpoint.theta)
-    if settings.initial == "random":
-        return small_fc_lopt.init_theta(spec, config.seed)
+    if isinstance(spec, Architecture) or settings.initial == "random":
+        return random_theta(spec, config.seed)
     return warm_start_theta(spec, settings.warm_scale, config.seed)
 
 
@@ -176,7 +181,7 @@ class OuterLoop:
         return state._replace(unrolls=self._begin(state.theta))
 
     def named(self, vector: jax.Array | np.ndarray) -> dict[str, np.ndarray]:
-        """Meta-parameters by the names of `Spec.theta_shapes`."""
+        """Meta-parameters by the names of `theta_shapes`."""
         return {name: np.asarray(x) for name, x in _vector(self.config.spec)[1](jnp.asarray(vector)).items()}
 
     def place(self, state: Any) -> OuterState:

@@ -7,11 +7,12 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from ..jax.call import vary_like
 from .estimators import Estimate, Estimator, Truncation
 from .tasks.base import Data, Key, Task
-from .unroll import InnerState, MakeOptimizer, sampler, start, unroll, unroll_with_resets
+from .unroll import InnerState, MakeForLength, sampler, start, unroll, unroll_with_resets
 
 Pytree: TypeAlias = Any
 
@@ -55,8 +56,8 @@ class TruncatedTask:
     """A task with how it is unrolled."""
 
     task: Task
-    make_optimizer: MakeOptimizer
-    """From meta-parameters as one vector (n,)."""
+    make_optimizer: MakeForLength
+    """From meta-parameters as one vector (n,) and the length of the unroll."""
     estimator: Estimator
     lengths: Lengths
     steps: int
@@ -70,12 +71,12 @@ class TruncatedTask:
     def fresh(self, theta: jax.Array, keys: Key) -> Unrolls:
         """Unrolls at their beginning. keys: (pairs,)."""
         init_keys, length_keys, memory_keys = _split(keys, 3)
-        optimizer = self.make_optimizer(theta)
-        inner = jax.vmap(lambda k: start(self.task, optimizer, k))(init_keys)
+        length = self.lengths.sample(length_keys)
+        inner = jax.vmap(lambda k, n: start(self.task, self.make_optimizer(theta, n), k))(init_keys, length)
         unrolls = Unrolls(
             inner=jax.tree.map(lambda x: jnp.stack([x, x], axis=1), inner),
             memory=self.estimator.init(memory_keys, theta),
-            length=self.lengths.sample(length_keys),
+            length=length,
         )
         leaves, treedef = jax.tree.flatten(unrolls)
         return treedef.unflatten(
@@ -97,7 +98,7 @@ class TruncatedTask:
         elif self.resets_inside:
             inner, seen = self._with_resets(both, unrolls, fresh, data, batch_keys, variant)
         else:
-            inner, losses = self._plain(both, unrolls.inner, data, batch_keys, variant)
+            inner, losses = self._plain(both, unrolls.inner, unrolls.length, data, batch_keys, variant)
             seen = Truncation(losses[0], losses[1], *_unmasked(losses[0]))
         # A loss that is not finite or beyond the bound counts as the bound: no NaN reaches the gradient.
         bound = self.loss_clip * self.task.initial_loss
@@ -121,20 +122,22 @@ class TruncatedTask:
         return after, estimate, counts
 
     def _plain(
-        self, both: jax.Array, inner: InnerState, data: Data, keys: Key, variant: jax.Array
+        self, both: jax.Array, inner: InnerState, length: jax.Array, data: Data, keys: Key, variant: jax.Array
     ) -> tuple[InnerState, jax.Array]:
         """(inner states, losses (2, steps, pairs)) after `steps` steps."""
 
         def pair(
-            both: jax.Array, inner: InnerState, key: Key, variant: jax.Array
+            both: jax.Array, inner: InnerState, length: jax.Array, key: Key, variant: jax.Array
         ) -> tuple[InnerState, jax.Array]:
             # The two of a pair see the same batches: what differs is the perturbation alone.
             draw, batches = sampler(self.task, data, variant), jax.random.split(key, self.steps)
-            return jax.vmap(lambda t, s: unroll(self.task, self.make_optimizer(t), s, batches, draw))(
-                both, inner
-            )
 
-        inner, losses = jax.vmap(pair)(both, inner, keys, variant)
+            def one(theta: jax.Array, inner: InnerState) -> tuple[InnerState, jax.Array]:
+                return unroll(self.task, self.make_optimizer(theta, length), inner, batches, draw)
+
+            return jax.vmap(one)(both, inner)
+
+        inner, losses = jax.vmap(pair)(both, inner, length, keys, variant)
         return inner, losses.transpose(1, 2, 0)
 
     def _with_resets(
@@ -144,19 +147,22 @@ class TruncatedTask:
             both: jax.Array,
             inner: InnerState,
             fresh: InnerState,
-            length: jax.Array,
+            lengths: tuple[jax.Array, jax.Array],
             key: Key,
             variant: jax.Array,
         ) -> tuple[InnerState, Any]:
             draw, batches = sampler(self.task, data, variant), jax.random.split(key, self.steps)
 
             def one(theta: jax.Array, inner: InnerState, fresh: InnerState) -> tuple[InnerState, Any]:
-                optimizer = self.make_optimizer(theta)
-                return unroll_with_resets(self.task, optimizer, inner, fresh, length, batches, draw)
+                def make(length: jax.Array) -> optax.GradientTransformation:
+                    return self.make_optimizer(theta, length)
+
+                return unroll_with_resets(self.task, make, inner, fresh, lengths, batches, draw)
 
             return jax.vmap(one)(both, inner, fresh)
 
-        inner, seen = jax.vmap(pair)(both, unrolls.inner, fresh.inner, unrolls.length, keys, variant)
+        lengths = unrolls.length, fresh.length
+        inner, seen = jax.vmap(pair)(both, unrolls.inner, fresh.inner, lengths, keys, variant)
         losses, is_done, mask = (x.transpose(1, 2, 0) for x in seen)
         return inner, Truncation(losses[0], losses[1], is_done[0], mask[0])
 
@@ -168,7 +174,7 @@ class TruncatedTask:
 
         def chunk(inner: InnerState, i: jax.Array) -> tuple[InnerState, jax.Array]:
             here = jax.vmap(lambda k: jax.random.fold_in(k, i))(keys)
-            return self._plain(both, inner, data, here, variant)
+            return self._plain(both, inner, unrolls.length, data, here, variant)
 
         inner, losses = jax.lax.scan(chunk, unrolls.inner, jnp.arange(chunks))
         losses = losses.transpose(1, 0, 2, 3).reshape(2, chunks * self.steps, -1)

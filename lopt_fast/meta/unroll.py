@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ..architectures import Architecture
 from ..jax import learned_optimizer
 from ..spec import Spec
 from .tasks.base import Batch, Data, Key, Params, Task
@@ -16,6 +17,8 @@ from .tasks.base import Batch, Data, Key, Params, Task
 Theta: TypeAlias = Mapping[str, jax.Array]
 MakeOptimizer: TypeAlias = Callable[[Any], optax.GradientTransformation]
 """Meta-parameters -> the inner optimizer. What they are is up to it: theta, or a learning rate."""
+MakeForLength: TypeAlias = Callable[[Any, Any], optax.GradientTransformation]
+"""The same from (meta-parameters, number of steps of the unroll), both of which may be traced."""
 
 
 class InnerState(NamedTuple):
@@ -32,9 +35,9 @@ class InnerState(NamedTuple):
     """Of the task's re-parametrisation; None without one."""
 
 
-def inner_optimizer(spec: Spec, theta: Theta) -> optax.GradientTransformation:
-    """The optimizer `spec` with meta-parameters `theta`, which may be traced and batched."""
-    return learned_optimizer(spec, theta=theta)
+def inner_optimizer(spec: Spec | Architecture, theta: Theta, num_steps: Any) -> optax.GradientTransformation:
+    """The optimizer `spec` with meta-parameters `theta`, for unrolls of `num_steps`; both may be traced and batched."""
+    return learned_optimizer(spec, theta=theta, num_steps=num_steps)
 
 
 def start(task: Task, optimizer: optax.GradientTransformation, key: Key) -> InnerState:
@@ -64,7 +67,7 @@ def _as_it_is(batch: Batch) -> Batch:
 def inner_step(
     task: Task, optimizer: optax.GradientTransformation, state: InnerState, batch: Batch
 ) -> tuple[InnerState, jax.Array]:
-    """(state after one step, training loss before it)."""
+    """(state after one step, training loss before it, which the optimizer sees as well)."""
 
     def loss_of(params: Params) -> jax.Array:
         if state.scale is not None:
@@ -72,7 +75,8 @@ def inner_step(
         return task.loss(params, batch)
 
     loss, grads = jax.value_and_grad(loss_of)(state.params)
-    updates, optimizer_state = optimizer.update(grads, state.optimizer_state, state.params)
+    update = optax.with_extra_args_support(optimizer).update
+    updates, optimizer_state = update(grads, state.optimizer_state, state.params, value=loss)
     params = optax.apply_updates(state.params, updates)
     return state._replace(params=params, optimizer_state=optimizer_state, step=state.step + 1), loss
 
@@ -103,22 +107,27 @@ class Steps(NamedTuple):
 
 def unroll_with_resets(
     task: Task,
-    optimizer: optax.GradientTransformation,
+    make: Callable[[jax.Array], optax.GradientTransformation],
     state: InnerState,
     fresh: InnerState,
-    length: jax.Array,
+    lengths: tuple[jax.Array, jax.Array],
     batches: Any,
     draw: Callable[[Any], Batch] = _as_it_is,
 ) -> tuple[InnerState, Steps]:
-    """`unroll`, but where an unroll has made `length` steps the next step is a reset to `fresh`.
+    """`unroll`, but where an unroll has made as many steps as it is long the next step is a reset to `fresh`.
 
+    lengths: of this unroll, and of those that begin here; `make` is given that of the present one.
     A reset takes the place of a training step: loss 0, mask False (as in google/learned_optimization).
     """
+    first, later = lengths
 
-    def step(state: InnerState, x: Any) -> tuple[InnerState, Steps]:
-        trained, loss = inner_step(task, optimizer, state, draw(x))
+    def step(carry: tuple[InnerState, jax.Array], x: Any) -> tuple[tuple[InnerState, jax.Array], Steps]:
+        state, length = carry
+        trained, loss = inner_step(task, make(length), state, draw(x))
         trained = trained._replace(done=trained.step >= length)
         after = jax.tree.map(lambda a, b: jnp.where(state.done, a, b), fresh, trained)
-        return after, Steps(jnp.where(state.done, 0.0, loss), after.done, ~state.done)
+        seen = Steps(jnp.where(state.done, 0.0, loss), after.done, ~state.done)
+        return (after, jnp.where(state.done, later, length)), seen
 
-    return jax.lax.scan(step, state, batches)
+    (state, _), steps = jax.lax.scan(step, (state, jnp.asarray(first)), batches)
+    return state, steps

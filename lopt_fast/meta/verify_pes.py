@@ -19,8 +19,9 @@ import optax
 
 from ..backends import choose
 from ..jax import learned_optimizer
+from ..published.small_fc import spec_of, theta_of
 from ..spec import SpecError
-from ..verify import Arrays, GoldenError, Report, Row, group, spec_of, theta_of, x64
+from ..verify import Arrays, GoldenError, Report, Row, group, x64
 from .estimators import PES, Estimate, EstimatorError, Truncation
 from .tasks.base import Batch, Data, Key, Params, Task
 from .unroll import InnerState, MakeOptimizer, Steps, unroll_with_resets
@@ -185,7 +186,7 @@ def _optimizer(data: Arrays, meta: Mapping[str, Any], backend: str, dtype: str) 
     except (SyntaxError, ValueError) as error:
         raise GoldenError(f"learned_opt {text!r} is not a constructor with constant arguments") from error
     if call.func.id == "AdafacMLPLOpt":
-        spec = spec_of(given, {})
+        spec = spec_of(given)
         spec.check_theta(theta_of(group(data, "theta")))
         used = choose(spec, "cpu" if backend in ("auto", "cpu", "reference") else "cuda", dtype, backend)
         return lambda theta: learned_optimizer(spec, theta=theta_of(theta, jnp.stack), backend=backend), used
@@ -245,8 +246,9 @@ def _unroll(data: Arrays, length: int, make: MakeOptimizer, dtype: str) -> dict[
 
     # One step at a time: a truncation may hold several resets, each to a start of its own.
     def one(theta: Any, state: InnerState, fresh: jax.Array, target: jax.Array) -> tuple[InnerState, Steps]:
+        lengths = jnp.asarray(length), jnp.asarray(length)
         return unroll_with_resets(
-            task, make(theta), state, begin(theta, fresh), jnp.asarray(length), target[None]
+            task, lambda _: make(theta), state, begin(theta, fresh), lengths, target[None]
         )
 
     advance = jax.jit(jax.vmap(jax.vmap(one)))

@@ -60,6 +60,7 @@ def read_learned(
         checkpoint = load(files[0] if files else source)
         name = path.name if files else checkpoint.name
         for how in kinds if statistics == "both" else (statistics or checkpoint.spec.statistics,):
+            checkpoint.spec.with_statistics(how)  # refused here, before anything has been computed
             out += [Learned(name, checkpoint, how, rate) for rate in learning_rates]
     labels = [o.label for o in out]
     twice = sorted({label for label in labels if labels.count(label) > 1})

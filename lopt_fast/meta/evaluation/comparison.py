@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import optax
 
+from ...architectures import Architecture
 from ...jax import learned_optimizer
 from ...spec import Spec
 from ..tasks.base import Task
@@ -28,10 +29,10 @@ _TIMED_STEPS = 20  # of one call of the program that is timed
 _TIMED_SECONDS = 0.3
 
 
-def make_learned(spec: Spec, setting: Any) -> optax.GradientTransformation:
-    """A learned optimizer from (theta, learning rate), both of which may be traced."""
-    theta, learning_rate = setting
-    return learned_optimizer(spec, learning_rate, theta=theta)
+def make_learned(spec: Spec | Architecture, setting: Any) -> optax.GradientTransformation:
+    """A learned optimizer from (theta, learning rate, number of steps), which may be traced."""
+    theta, learning_rate, num_steps = setting
+    return learned_optimizer(spec, learning_rate, theta=theta, num_steps=num_steps)
 
 
 def compare(
@@ -68,12 +69,22 @@ def _compare_on(
 
     for group in _by_spec(learned):
         simulator = Simulator(partial(make_learned, group[0].spec), task, spikes=plan.spike is not None)
-        report = started(f"{task.name}: learned", len(group) * len(variants) * plan.seeds * lengths[-1])
-        found = simulator.losses([o.setting for o in group], variants, lengths[-1], plan.seeds, report)
         one = group[0]  # the others take as long
-        seconds = _seconds(task, learned_optimizer(one.checkpoint, statistics=one.statistics), plan)
-        for o, losses in zip(group, found, strict=True):
-            add(simulator, {(n, v): _learned_row(o, losses[v, :, :n], task, v, seconds) for n, v in rows})
+        # One run serves all lengths, unless the optimizer knows how long it is.
+        runs = [[n] for n in lengths] if one.knows_length else [lengths]
+        total = len(group) * len(variants) * plan.seeds * sum(run[-1] for run in runs)
+        report = started(f"{task.name}: learned", total)
+        seconds = _seconds(task, make_learned(one.spec, one.setting(lengths[0])), plan)
+        for run in runs:
+            settings = [o.setting(run[-1]) for o in group]
+            found = simulator.losses(settings, variants, run[-1], plan.seeds, report)
+            for o, setting, losses in zip(group, settings, found, strict=True):
+                here = {
+                    (n, v): _learned_row(o, setting, losses[v, :, :n], task, v, seconds)
+                    for n in run
+                    for v in variants
+                }
+                add(simulator, here)
     for baseline in (BASELINES[name] for name in plan.baselines):
         simulator = Simulator(baseline.make, task, spikes=plan.spike is not None)
         count = len(baseline.settings(lengths[-1], plan.rates, plan.draws))
@@ -92,8 +103,10 @@ def _compare_on(
     return comparisons, [s for of_variant in spikes.values() for s in of_variant]
 
 
-def _learned_row(o: Learned, losses: np.ndarray, task: Task, variant: int, seconds: float | None) -> Row:
-    return Row(o.label, o, o.setting, losses, summarise(losses, task, variant), seconds_per_step=seconds)
+def _learned_row(
+    o: Learned, setting: Any, losses: np.ndarray, task: Task, variant: int, seconds: float | None
+) -> Row:
+    return Row(o.label, o, setting, losses, summarise(losses, task, variant), seconds_per_step=seconds)
 
 
 def _baseline_row(baseline: Baseline, tuned: Tuned, task: Task, variant: int, seconds: float | None) -> Row:

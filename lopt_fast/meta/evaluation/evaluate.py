@@ -19,6 +19,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ...architectures import Architecture
 from ...spec import Spec
 from .. import devices as local
 from ..tasks.base import Data, Task
@@ -245,9 +246,10 @@ def summarise(losses: np.ndarray, task: Task, variant: int) -> Result:
 class Evaluator:
     """Evaluates meta-parameters of `spec` on tasks, all data sets of each. Compiled at the first call, not again."""
 
-    def __init__(self, spec: Spec, tasks: Sequence[Task], steps: int, seeds: int) -> None:
+    def __init__(self, spec: Spec | Architecture, tasks: Sequence[Task], steps: int, seeds: int) -> None:
         self.spec, self.tasks, self.steps, self.seeds = spec, tuple(tasks), steps, seeds
-        self._simulators = [Simulator(partial(inner_optimizer, spec), task) for task in tasks]
+        make = partial(inner_optimizer, spec, num_steps=steps)
+        self._simulators = [Simulator(make, task) for task in tasks]
 
     def __call__(self, theta: Theta) -> list[Result]:
         """One result for each data set of each task, in order."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from ...architectures import Architecture
 from ...checkpoint import Checkpoint
 from ...spec import Spec, Statistics
 from ..tasks.base import Task
@@ -56,14 +57,18 @@ class Learned:
         return f"{self.name}, {self.statistics}{rate}"
 
     @property
-    def spec(self) -> Spec:
-        """What it computes."""
-        return replace(self.checkpoint.spec, statistics=self.statistics)
+    def spec(self) -> Spec | Architecture:
+        """What it computes. Raises SpecError for statistics that the architecture does not have."""
+        return self.checkpoint.spec.with_statistics(self.statistics)
 
     @property
-    def setting(self) -> Any:
-        """What `make_learned` takes."""
-        return dict(self.checkpoint.theta), self.learning_rate
+    def knows_length(self) -> bool:
+        """Whether it is told how long the training is."""
+        return isinstance(self.checkpoint.spec, Architecture) and self.checkpoint.spec.needs_num_steps
+
+    def setting(self, num_steps: int) -> Any:
+        """What `make_learned` takes for training runs of this length."""
+        return dict(self.checkpoint.theta), self.learning_rate, num_steps
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ class Row:
     label: str
     learned: Learned | None
     setting: Any
-    """Of a learned optimizer (theta, learning rate); of a baseline the hyperparameters that won."""
+    """Of a learned optimizer that of `Learned.setting`; of a baseline the hyperparameters that won."""
     losses: np.ndarray
     """(seeds, steps), as they came."""
     result: Result
