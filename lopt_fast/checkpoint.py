@@ -24,6 +24,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as safetensors_bytes
 
+from . import hub
 from .architectures import ARCHITECTURES, Architecture
 from .files import write_atomically
 from .spec import Spec, SpecError
@@ -109,6 +110,7 @@ def names() -> tuple[str, ...]:
 def load(source: str | os.PathLike[str] | Checkpoint | None = None) -> Checkpoint:
     """A checkpoint by name of shipped weights, by path, or as it is; None: the default weights.
 
+    Also from the Hugging Face Hub, as "hf:owner/name@revision/file" (see `hub.py`; needs huggingface_hub).
     An architecture without meta-parameters ("adamw") can be loaded by its name, with its default hyperparameters.
 
     Raises CheckpointError for a file that is missing, damaged, foreign, of another architecture or version, or
@@ -127,6 +129,12 @@ def load(source: str | os.PathLike[str] | Checkpoint | None = None) -> Checkpoin
     kind = ARCHITECTURES.get(source) if isinstance(source, str) else None
     if kind is not None and not kind().theta_shapes:
         return Checkpoint(kind(), {}, kind.NAME)
+    if isinstance(source, str) and hub.is_reference(source):
+        try:
+            path = hub.fetch(source)
+        except hub.HubError as error:
+            raise CheckpointError(str(error)) from error
+        return _read(path)
     path = Path(source)
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "is neither a file nor the name of shipped weights"

@@ -159,10 +159,12 @@ def _info() -> dict[str, Any]:
 
 def _record(loaded: Any) -> str:
     """One line of how the weights were made."""
+    from .spec import Spec
+
     spec, record = loaded.spec, loaded.metadata.get("meta_training")
-    parts = [
-        f"{spec.hidden_size} x {spec.hidden_layers} hidden, scale {spec.scale}, {spec.statistics} statistics"
-    ]
+    parts = [f"{spec.statistics} statistics"]
+    if isinstance(spec, Spec):
+        parts = [f"{spec.hidden_size} x {spec.hidden_layers} hidden, scale {spec.scale}, {parts[0]}"]
     if isinstance(record, dict):
         datasets = record.get("datasets")
         names = [name for name in datasets if name != "preprocessing"] if isinstance(datasets, dict) else []
@@ -263,6 +265,86 @@ def _report_dict(report: Any) -> dict[str, Any]:
         for key in ("error", "tolerance"):
             row[key] = row[key] if abs(row[key]) < float("inf") else None
     return {**asdict(report), "rows": rows, "passed": report.passed}
+
+
+# convert
+
+
+@app.command()
+def convert(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE...",
+            help="A file of published weights, or hf:owner/name@revision/file; or a checkpoint of lopt_fast.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="File to write.")],
+    to: Annotated[str, typer.Option(help="checkpoint, npz, msgpack or pylo.")] = "checkpoint",
+    family: Annotated[
+        str | None, typer.Option(help="Whose weights they are; default: found from the arrays.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Argument of the published constructor. Repeat it."),
+    ] = None,
+    licence: Annotated[str | None, typer.Option(help="SPDX name, for the checkpoint's metadata.")] = None,
+    json: Json = None,
+) -> None:
+    """Published weights (Flax msgpack, named-array .npz, PyLO safetensors) to a checkpoint, and back.
+
+    Several SOURCEs are files whose arrays belong together. Pickles are not read.
+    """
+    with _errors():
+        from .published import convert as conversion
+
+        found = conversion.read(sources, family, _settings(settings or ()), licence)
+        if not found.family and to == "checkpoint":
+            raise conversion.ConvertError(
+                f"{sources[0]} is a checkpoint already: give --to npz, msgpack or pylo"
+            )
+        target = conversion.write(found.checkpoint, out, to, None if found.family else family)
+        checkpoint = found.checkpoint
+        console = _out()
+        if found.arguments:
+            console.print(f"family {found.family}: {_listed(found.arguments)}", markup=False, soft_wrap=True)
+        console.print(
+            f"{checkpoint.architecture}, {checkpoint.spec.theta_size} meta-parameters: "
+            f"{_listed(checkpoint.spec.to_dict())}", markup=False, soft_wrap=True,
+        )  # fmt: skip
+        if to == "checkpoint" and "licence" not in checkpoint.metadata:
+            console.print("licence not known: --licence SPDX puts it into the checkpoint", markup=False)
+        console.print(f"wrote {target}", markup=False, soft_wrap=True)
+        _write_json(
+            json,
+            {
+                "file": str(target), "format": to, "family": found.family or None,
+                "arguments": dict(found.arguments), "architecture": checkpoint.architecture,
+                "hyperparameters": checkpoint.spec.to_dict(), "metadata": checkpoint.metadata,
+            },
+        )  # fmt: skip
+
+
+def _settings(texts: Sequence[str]) -> dict[str, Any]:
+    """NAME=VALUE as JSON where it is, else as text."""
+    from json import JSONDecodeError, loads
+
+    from .spec import SpecError
+
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (name and equals):
+            raise SpecError(f"--set {text}: must be NAME=VALUE")
+        try:
+            found[name] = loads(value)
+        except JSONDecodeError:
+            found[name] = value
+    return found
+
+
+def _listed(values: Any) -> str:
+    return ", ".join(f"{name}={value}" for name, value in values.items())
 
 
 # train

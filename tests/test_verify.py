@@ -4,6 +4,7 @@ format, tampered with, damaged and foreign."""
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +15,14 @@ import pytest
 from typer.testing import CliRunner
 
 from lopt_fast import reference, verify
-from lopt_fast.architectures import small_fc_lopt
+from lopt_fast.architectures import initial_theta, small_fc_lopt
 from lopt_fast.backends import BackendError
 from lopt_fast.cli import app
+from lopt_fast.published import FILES
 from lopt_fast.spec import Spec
+from lopt_fast.verify.replay import runner
 
+GOLDEN = Path(os.environ.get("LOPT_SHARED") or Path(__file__).resolve().parents[2] / "shared") / "golden"
 FRAMEWORKS = ("numpy", "torch", "jax")
 SHAPES = {"a_scalar": (), "b_vector": (5,), "c_matrix": (4, 6)}
 STEPS = 3
@@ -100,20 +104,54 @@ def need(framework: str) -> None:
         pytest.importorskip(framework)
 
 
-@pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_public_golden_files(shared: Path, framework: str) -> None:
-    """All files of the families, in the default dtype of the framework, by the kernel where it can."""
-    need(framework)
-    files = sorted((shared / "golden").glob("adafac_*.npz")) + sorted(
-        (shared / "golden").glob("pylo_adafac_*.npz")
-    )
-    assert len(files) >= 14
-    for file in files:
-        report = verify.verify(file, framework)
-        assert report.rows
-        assert report.passed, report
-        assert report.dtype == ("float64" if framework == "numpy" else "float32")
-        assert set(report.skipped) == ({"p00_scalar"} if file.name.startswith("pylo") else set())
+def public_files(*names: str) -> list[Any]:
+    """pytest parameters: the trajectories and columns of the golden folder, or those of these names; one that skips if
+    the folder is missing."""
+    skip = pytest.param(None, marks=pytest.mark.skip(reason="no golden vectors here"))
+    paths = [
+        p for p in sorted(GOLDEN.glob("*.npz")) if not p.name.startswith(("inputs_", "weights_", "pes_"))
+    ]
+    return [pytest.param(p, id=p.stem) for p in paths if not names or p.stem in names] or [skip]
+
+
+def check_public(path: Path, framework: str) -> None:
+    report = verify.verify(path, framework)
+    assert report.rows
+    assert report.passed, report
+    assert report.dtype == ("float64" if framework == "numpy" else "float32")
+    assert report.backend
+    assert set(report.skipped) == ({"p00_scalar"} if path.name.startswith("pylo") else set())
+
+
+@pytest.mark.parametrize("path", public_files())
+def test_public_golden_files_in_numpy(path: Path) -> None:
+    check_public(path, "numpy")
+
+
+@pytest.mark.parametrize("path", public_files())
+def test_public_golden_files_in_torch(path: Path) -> None:
+    """By the kernels where they can."""
+    need("torch")
+    check_public(path, "torch")
+
+
+IN_JAX = (
+    "adafac_features", "adafac_h16", "adafac_tie", "celo2_full_routing", "celo_adam_real_short", "celo_real_short",
+    "mlp_h8_l1", "mulo_h16", "nadamw_wd", "nnadam_decay", "pylo_adafac_h32", "rnn_valid", "velo_short",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("path", public_files(*IN_JAX))
+def test_public_golden_files_in_jax(path: Path) -> None:
+    """One or two of each family: each takes XLA seconds to compile."""
+    need("jax")
+    check_public(path, "jax")
+
+
+def test_every_public_family_can_be_replayed() -> None:
+    if not GOLDEN.is_dir():
+        pytest.skip("no golden vectors here")
+    assert len(public_files()) >= 42
 
 
 @pytest.mark.parametrize("framework", ["torch", "jax"])
@@ -257,7 +295,9 @@ def test_damaged_and_foreign_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("meta", "message"),
     [
-        ({"family": "velo"}, "family 'velo' cannot be replayed"),
+        ({"family": "lion"}, "family 'lion' cannot be replayed; known are adafac, celo"),
+        ({"family": "velo"}, "velo: unknown hyperparameters hidden_size"),
+        ({"is_valid": [0, 1]}, "is_valid has 2 entries for 3 steps"),
         ({"family": None, "kind": "notes"}, "kind 'notes' cannot be replayed"),
         (
             {"hyperparameters": {"hidden_size": 4, "depth": 3, "colour": 1}},
@@ -301,6 +341,148 @@ def test_unusable_arguments(tmp_path: Path) -> None:
         assert message in result.output.replace("\n", " ")
     with pytest.raises(BackendError):
         verify.verify(path, "numpy", "triton")
+
+
+# Files of other families, made here
+
+
+def make_family(folder: Path, family: str, hyperparameters: dict[str, Any], **meta: Any) -> Path:
+    """A golden file of two tensors with random meta-parameters, as NumPy's float64 replay computes it."""
+    rng = np.random.default_rng(3)
+    shapes = {"a_vector": (5,), "b_matrix": (4, 3)}
+    np.savez(
+        folder / "inputs_f.npz", losses=rng.uniform(0.5, 2.0, STEPS).astype(np.float32),
+        **{f"params0/{n}": rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()},
+        **{f"grads/{n}": rng.standard_normal((STEPS, *s)).astype(np.float32) for n, s in shapes.items()},
+    )  # fmt: skip
+    reader = FILES["adafac" if family == "mulo" else family]
+    spec = reader.architecture({k: v for k, v in hyperparameters.items() if k not in MULO})
+    leaves = reader.table(spec).write({n: a + 0.05 for n, a in initial_theta(spec, 2).items()})
+    about = {
+        "family": family, "inputs": "inputs_f.npz", "n_steps": STEPS, "num_steps": 20,
+        "hyperparameters": hyperparameters, "theta_ref": None, **meta,
+    }  # fmt: skip
+    arrays = {f"theta/{path}": a for path, a in leaves.items()}
+    path = folder / f"{family}.npz"
+    for values in (None, path):  # the second time with the right trajectory
+        data = {n: np.zeros((STEPS, *s)) for n, s in shapes.items()}
+        if values is not None:
+            case = verify.load(path)
+            run_numpy, dtype = runner("numpy", "reference", None)
+            data, _ = run_numpy(case.replays[0], case.inputs, "reference", dtype, "cpu")
+        about_array = np.array(json.dumps(about))
+        np.savez(path, meta=about_array, **arrays, **{f"params64/{n}": a for n, a in data.items()})
+    return path
+
+
+MULO = ("mup_lr_scale", "clip_grad")
+SMALL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "rnn": (
+        {"hidden_size": 4, "from_mlp_size": 2, "from_lstm_size": 3, "lstm_to_ff": 2, "lstm_hidden_size": 4,
+         "step_multiplier": 0.1},
+        {"is_valid": [0, 1, 0]},
+    ),
+    "celo2": ({"regex_1d": "^a_", "ff_hidden_size": 2, "step_mult": 0.1, "weight_decay": 0.1}, {}),
+    "celo_adam": ({"lstm_hidden_size": 4, "step_mult": 0.1}, {}),
+    "mulo": ({"step_mult": 0.1, "clip_grad": True, "mup_lr_scale": {"b_matrix": 0.25}}, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+@pytest.mark.parametrize("family", list(SMALL))
+def test_other_families(family: str, framework: str, tmp_path: Path) -> None:
+    """Losses, losses on validation data, the horizon, names and learning rates reach the optimizer."""
+    need(framework)
+    path = make_family(tmp_path, family, *SMALL[family][:1], **SMALL[family][1])
+    report = verify.verify(path, framework)
+    assert [row.tensor for row in report.rows] == ["a_vector", "b_matrix"]
+    assert report.passed, report
+
+    def change(data: dict[str, np.ndarray]) -> None:
+        moved = np.diff(data["params64/b_matrix"], axis=0, prepend=0.0)[-1]
+        data["params64/b_matrix"][-1, 2, 1] += 0.5 * np.abs(moved).max()
+
+    assert not verify.verify(edit(path, change), framework).passed
+
+
+def test_mulo_clips_and_scales(tmp_path: Path) -> None:
+    """As small_fc_lopt with gradients of norm 1 over all tensors, and a quarter of the step for one of them."""
+    case = verify.load(make_family(tmp_path, "mulo", SMALL["mulo"][0]))
+    norms = np.sqrt(sum((g.reshape(STEPS, -1) ** 2).sum(axis=1) for g in case.inputs.grads.values()))
+    assert np.abs(norms - 1.0).max() <= 1e-12
+    unscaled = dict(SMALL["mulo"][0], mup_lr_scale={})
+    other = verify.load(make_family(tmp_path, "mulo", unscaled))
+    for name, scale in (("a_vector", 1.0), ("b_matrix", 0.25)):
+        start = case.inputs.params0[name].reshape(-1)
+        first, full = (c.replays[0].targets[name].values[0] - start for c in (case, other))
+        assert np.abs(first - scale * full).max() <= 1e-12 * np.abs(full).max()
+
+
+def test_stored_steps_are_compared(tmp_path: Path) -> None:
+    """`step64`: what a transformation returned, which the loop multiplied by `applied_lr`."""
+    path = make_family(tmp_path, "celo2_optax", {"ff_hidden_size": 2, "applied_lr": 0.01})
+
+    def add(data: dict[str, np.ndarray], error: float) -> None:
+        for name in ("a_vector", "b_matrix"):
+            with np.load(tmp_path / "inputs_f.npz") as inputs:
+                start = inputs[f"params0/{name}"].astype(np.float64)
+            moved = np.diff(np.concatenate([start[None], data[f"params64/{name}"]]), axis=0)
+            data[f"step64/{name}"] = moved / -0.01
+        data["step64/b_matrix"][1, 0, 0] *= 1.0 + error
+
+    assert verify.verify(edit(path, lambda data: add(data, 0.0))).passed
+    report = verify.verify(edit(path, lambda data: add(data, 1e-3)))
+    assert [row.note for row in report.rows if not row.passed] == ["step 1, the step"]
+
+
+def test_ill_conditioned_column(tmp_path: Path) -> None:
+    """rnn_fc_lopt in float32: a tenth of the change for one element in a hundred; in float64 there is no exception."""
+    need("torch")
+    path = make_family(tmp_path, "rnn", SMALL["rnn"][0])
+
+    def change(data: dict[str, np.ndarray], error: float, count: int) -> None:
+        values = data["params64/b_matrix"][-1].reshape(-1)
+        values[:count] += error * np.abs(values - data["params64/b_matrix"][-2].reshape(-1)).max()
+
+    assert verify.verify(edit(path, lambda data: change(data, 0.05, 1)), "torch").passed
+    assert not verify.verify(path, "torch", dtype="float64").passed
+    assert not verify.verify(edit(path, lambda data: change(data, 0.05, 12)), "torch").passed
+
+
+@pytest.mark.parametrize(
+    ("family", "hyperparameters", "meta", "message"),
+    [
+        ("celo", {"lstm_hidden_size": 4, "train_phase": 2}, {"num_steps": None}, "celo knows its horizon"),
+        ("celo", {"lstm_hidden_size": 4, "with_g": False}, {}, "with_g=False is not supported"),
+        ("mulo", {"mup_lr_scale": {"c": 2.0}}, {}, "mup_lr_scale names tensors that are not there: c"),
+    ],
+)
+def test_unusable_files_of_other_families(
+    family: str, hyperparameters: dict[str, Any], meta: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    path = make_family(tmp_path, "celo_adam", SMALL["celo_adam"][0])
+    about = {
+        "family": family,
+        "hyperparameters": hyperparameters,
+        "inputs": "inputs_f.npz",
+        "n_steps": STEPS,
+        **meta,
+    }
+    reader = FILES["adafac" if family == "mulo" else family]
+    spec = reader.architecture({k: v for k, v in hyperparameters.items() if k not in ("with_g", *MULO)})
+    leaves = {f"theta/{p}": a for p, a in reader.table(spec).write(initial_theta(spec)).items()}
+    edit(path, lambda data: data.update(leaves, meta=np.array(json.dumps(about))))
+    with pytest.raises(verify.GoldenError, match=message):
+        verify.verify(path)
+
+
+def test_losses_are_needed(tmp_path: Path) -> None:
+    path = make_family(tmp_path, "celo_adam", SMALL["celo_adam"][0])
+    edit(tmp_path / "inputs_f.npz", lambda data: data.pop("losses"))
+    with pytest.raises(
+        verify.GoldenError, match="celo_adam looks at the loss, its inputs file has no 'losses'"
+    ):
+        verify.verify(path)
 
 
 # Meta-gradients (kind: pes), replayed in JAX

@@ -146,7 +146,7 @@ class Clock:
         from ..torch.operations import implementation
 
         where = "lopt_fast.torch.architecture_plan.implementation"
-        with patch(where, lambda backend: self._timed(implementation(backend))):
+        with patch(where, lambda *arguments: self._timed(implementation(*arguments))):
             yield
 
     def _timed(self, operations: Operations) -> Any:

@@ -140,7 +140,9 @@ def _npz(path: Path, data: bytes) -> tuple[Arrays, Any]:
         ) from error
     if isinstance(described, dict) and "n_steps" in described:  # a golden file, which has much beside them
         if elsewhere := described.get("theta_ref"):
-            raise SourceError(f"{path}: has no meta-parameters itself, they are in {elsewhere}: convert that file")
+            raise SourceError(
+                f"{path}: has no meta-parameters itself, they are in {elsewhere}: convert that file"
+            )
         leaves = {key.removeprefix("theta/"): a for key, a in leaves.items() if key.startswith("theta/")}
     return leaves, described
 
