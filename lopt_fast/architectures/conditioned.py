@@ -18,14 +18,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
+import numpy as np
 from array_api_compat import array_namespace
 
 from ..operations import Decays, ElementMlp, ModelTensors, Operations, Result, Statistics, Weights
 from ..reference import LOG_EPSILON, Array
-from ..spec import TIMESCALES, Accumulates
+from ..spec import TIMESCALES, Accumulates, SpecError
 from .base import Architecture, Arrays, Inputs, Theta
 from .checks import check_decays, check_numbers, check_sizes
-from .networks import constant, linear, log_magnitude
+from .networks import constant, init_mlp, linear, log_magnitude
 
 GROUPS = ("g", "p", "log_abs_p", "m", "rms", "m_rsqrt_rms", "rsqrt_rms")
 """Of the columns, in the order of w0."""
@@ -34,6 +35,10 @@ TENSOR_CONSTANTS = len(TIMESCALES) + 3
 CLIP_DECAY, CLIP_FACTOR, GRADIENT_EPSILON = 0.99, 10.0, 1e-8
 TRAIN_LOSS_DECAY, VALID_LOSS_DECAY = 0.9, 0.95
 LOSS_EPSILON = 1e-8
+INITIAL_SCALE = 0.1
+"""Of the last projections, to the conditioning and to direction and magnitude, before meta-training."""
+FOLLOWED_DECAY = 0.9
+"""Of the momentum that an optimizer follows before meta-training, or the nearest that there is."""
 
 TENSOR_FEATURES = (
     "gradient_norm", "is_scalar", "momentum_mean", "momentum_sign", "second_moment_mean", "second_moment_sign",
@@ -73,6 +78,10 @@ class ConditionedMlp(Architecture):
         check_sizes(self, "hidden_size", "hidden_layers", "conditioning")
         check_numbers(self, "step_mult", "exp_mult")
         check_decays(self, "decays")
+        if self.hidden_size < 2:
+            raise SpecError(
+                f"{self.NAME}: hidden_size={self.hidden_size} must be at least 2, see init_mlp_theta"
+            )
 
     @property
     def messages(self) -> int:
@@ -101,6 +110,26 @@ class ConditionedMlp(Architecture):
         for i, (n_in, n_out) in enumerate(self.mlp.layer_sizes):
             shapes |= {f"w{i}": (n_in, n_out), f"b{i}": (n_out,)}
         return shapes | {"w0_constant": (TENSOR_CONSTANTS + self.conditioning, self.hidden_size)}
+
+    def init_mlp_theta(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Initial meta-parameters of the MLP: random, but for a path that makes the initial optimizer a usable one.
+
+        Weights are truncated normal with 1 / sqrt(inputs), `INITIAL_SCALE` times that in the last layer; biases zero.
+        The first two units of each hidden layer pass on the positive and the negative part of one column, the momentum
+        of decay 0.9 over the root of its second moment: a step is 0.001 times that, normalised, and small random terms.
+        """
+        theta = init_mlp(rng, self.mlp_shapes)
+        mlp, last = self.mlp, self.hidden_layers
+        before = sum(map(mlp.group_size, mlp.groups[: mlp.groups.index("m_rsqrt_rms")]))
+        column = before + min(range(len(self.decays)), key=lambda i: abs(self.decays[i] - FOLLOWED_DECAY))
+        theta["w0"][:, :2] = theta["w0_constant"][:, :2] = 0.0
+        theta["w0"][column, :2] = 1.0, -1.0
+        for i in range(1, last):
+            theta[f"w{i}"][:, :2] = np.eye(self.hidden_size, 2)
+        theta[f"w{last}"] *= INITIAL_SCALE
+        theta[f"w{last}"][:2, :] = 0.0
+        theta[f"w{last}"][:2, 0] = 1.0, -1.0
+        return theta
 
     def accumulates(self, name: str, shape: Sequence[int]) -> Accumulates:
         return self.mlp

@@ -137,7 +137,8 @@ class NNAdam(Architecture):
         # The parameter before the step, the averages after it. Two calls, as operations may write in place.
         before = operations.statistics(_NO_AVERAGES, tensors, None, GRADIENT_CLIP)
         outputs, states, _ = operations.adam(tensors, scalars, GRADIENT_CLIP)
-        moved = replace(tensors, states=states)
+        # Nothing of the parameters before the step, which may have been overwritten; only averages are looked at.
+        moved = replace(tensors, params=outputs, grads=outputs, states=states)
         after = operations.statistics(ADAM_AVERAGES, moved, None, GRADIENT_CLIP)
         statistics = before._replace(
             momentum_mean=after.momentum_mean,

@@ -36,14 +36,9 @@ from ..operations import ModelTensors, Operations
 from ..spec import SpecError
 from .base import Arrays, Inputs, Theta, Update
 from .checks import check_sizes
-from .conditioned import TENSOR_FEATURES, ConditionedMlp
-from .networks import init_linear, init_mlp, linear, truncated_normal
+from .conditioned import INITIAL_SCALE, TENSOR_FEATURES, ConditionedMlp
+from .networks import init_linear, linear, truncated_normal
 from .transformer import Encoder, NormPlacement
-
-INITIAL_SCALE = 0.1
-"""Of the last projections, to the conditioning and to direction and magnitude, before meta-training."""
-FOLLOWED_DECAY = 0.9
-"""Of the momentum that an optimizer follows before meta-training, or the nearest that there is."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +59,7 @@ class RecurrentTransformer(ConditionedMlp):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        super().__post_init__()
         check_sizes(self, "width", "layers", "heads", "key_size", "mlp_multiple")
-        if self.hidden_size < 2:
-            raise SpecError(f"{self.NAME}: hidden_size={self.hidden_size} must be at least 2, see init_theta")
         if self.norm not in ("post", "pre"):
             raise SpecError(f"{self.NAME}: norm={self.norm!r} must be 'post' or 'pre'")
 
@@ -90,38 +82,23 @@ class RecurrentTransformer(ConditionedMlp):
         }
 
     def init_theta(self, seed: int = 0) -> dict[str, np.ndarray]:
-        """Random, but for a path through the MLP that makes the initial optimizer a usable one.
-
-        Weights are truncated normal with 1 / sqrt(inputs), and `INITIAL_SCALE` times that in the last projections;
-        biases zero. The hidden token has the size that the encoder's outputs have. The first two units of each hidden
-        layer pass on the positive and the negative part of one column, m / sqrt(second moment) of decay 0.9, divided
-        by its root mean square: a step is 0.001 times that, and small random terms.
-        """
+        """That of the MLP follows momentum (`init_mlp_theta`). Otherwise truncated normal with 1 / sqrt(inputs), and
+        `INITIAL_SCALE` times that in the last projection; biases zero. The hidden token has the size that the encoder's
+        outputs have."""
         rng = np.random.default_rng(seed)
-        theta = init_mlp(rng, self.mlp_shapes) | self.encoder.init_theta(rng)
+        theta = self.init_mlp_theta(rng) | self.encoder.init_theta(rng)
         theta["hidden"] = truncated_normal(rng, (self.width,), 1.0)
         theta["features_w"] = init_linear(rng, self.theta_shapes["features_w"])
         theta["conditioning_w"] = INITIAL_SCALE * init_linear(rng, self.theta_shapes["conditioning_w"])
         theta["features_b"] = np.zeros(self.width, np.float32)
         theta["conditioning_b"] = np.zeros(self.conditioning, np.float32)
-        self._follow_momentum(theta)
         return {name: theta[name] for name in self.theta_shapes}
 
-    def _follow_momentum(self, theta: dict[str, np.ndarray]) -> None:
-        """Write the path through the MLP. relu(x) - relu(-x) is x, through any number of layers."""
-        mlp, last = self.mlp, self.hidden_layers
-        before = sum(map(mlp.group_size, mlp.groups[: mlp.groups.index("m_rsqrt_rms")]))
-        column = before + min(range(len(self.decays)), key=lambda i: abs(self.decays[i] - FOLLOWED_DECAY))
-        theta["w0"][:, :2] = theta["w0_constant"][:, :2] = 0.0
-        theta["w0"][column, :2] = 1.0, -1.0
-        for i in range(1, last):
-            theta[f"w{i}"][:, :2] = np.eye(self.hidden_size, 2)
-        theta[f"w{last}"] *= INITIAL_SCALE
-        theta[f"w{last}"][:2, :] = 0.0
-        theta[f"w{last}"][:2, 0] = 1.0, -1.0
-
     def init_shared(self, theta: Theta) -> Arrays:
-        return {**super().init_shared(theta), "hidden": theta["hidden"]}
+        return {
+            **super().init_shared(theta),
+            "hidden": theta["hidden"] + 0.0,
+        }  # state must not be a meta-parameter itself
 
     def step(
         self,

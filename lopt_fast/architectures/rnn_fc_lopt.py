@@ -24,8 +24,8 @@ from array_api_compat import array_namespace
 from ..operations import ModelTensors, Operations
 from .base import Arrays, Inputs, Theta, Update
 from .checks import check_sizes
-from .conditioned import TENSOR_FEATURES, ConditionedMlp
-from .networks import init_linear, init_mlp, linear, lstm, truncated_normal
+from .conditioned import INITIAL_SCALE, TENSOR_FEATURES, ConditionedMlp
+from .networks import init_linear, linear, lstm, truncated_normal
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,10 @@ class RnnFcLopt(ConditionedMlp):
         }  # fmt: skip
 
     def init_theta(self, seed: int = 0) -> dict[str, np.ndarray]:
-        """Weights and initial messages truncated normal with 1 / sqrt(inputs), all else zero."""
+        """That of the MLP follows momentum (`init_mlp_theta`). Otherwise weights and initial messages truncated normal
+        with 1 / sqrt(inputs), and `INITIAL_SCALE` times that in the conditioning; all else zero."""
         rng = np.random.default_rng(seed)
-        theta = init_mlp(rng, self.mlp_shapes)
+        theta = self.init_mlp_theta(rng)
         for name, shape in self.theta_shapes.items():
             if name in theta:
                 continue
@@ -68,6 +69,7 @@ class RnnFcLopt(ConditionedMlp):
                 theta[name] = truncated_normal(rng, shape, 1.0 / math.sqrt(max(shape[0], 1)))
             else:
                 theta[name] = init_linear(rng, shape) if name.endswith("_w") else np.zeros(shape, np.float32)
+        theta["conditioning_w"] *= INITIAL_SCALE
         return theta
 
     def init_rows(self, theta: Theta, shapes: Sequence[tuple[int, ...]]) -> Arrays:
