@@ -168,11 +168,15 @@ def architecture_step(
 ) -> tuple[list[Array], list[TensorState], Arrays, Arrays]:
     """(outputs, new accumulators, rows, shared). Lists are over the parameters `step.described`, at least one."""
     lr, weight_decay, max_norm = numbers.scalars
+    grad_scale: Array | float = 1.0
     if step.clip:
         dtype = numbers.scalars.dtype
         norm = jnp.sqrt(sum(jnp.sum(jnp.square(g.astype(dtype))) for g in grads))
         scale = jnp.minimum(1.0, max_norm / (norm + CLIP_EPSILON))
-        grads = [g * scale.astype(g.dtype) for g in grads]
+        if len({g.dtype for g in grads}) == 1:
+            grad_scale = scale.astype(grads[0].dtype)
+        else:  # one number of one type would turn gradients of another into it
+            grads = [g * scale.astype(g.dtype) for g in grads]
     index = None if step.rows is None else np.array(step.rows)
     tensors = ModelTensors(
         params,
@@ -181,11 +185,14 @@ def architecture_step(
         [lr.astype(p.dtype) for p in params],
         [weight_decay.astype(p.dtype) for p in params],
         names=[leaf.name for leaf in step.described],
+        grad_scale=grad_scale,
         apply=step.apply,
     )
     theirs = rows if index is None else {name: a[index] for name, a in rows.items()}
     inputs = Inputs(count, numbers.num_steps, numbers.loss)
-    update = step.architecture.step(step.operations, theta, tensors, theirs, shared, inputs)
+    # GPUs and TPUs would round the networks' inputs to fewer bits than float32.
+    with jax.default_matmul_precision("highest"):
+        update = step.architecture.step(step.operations, theta, tensors, theirs, shared, inputs)
     after = _as_before(theirs, update.rows)
     if index is not None:
         after = {name: a.at[index].set(after[name]) for name, a in rows.items()}
