@@ -150,6 +150,16 @@ def _gpu_supports(spec: Spec, dtype_name: str) -> str | None:
     return _kernel_supports(spec, dtype_name, ("float32", "bfloat16", "float16"))
 
 
+def _gpu_supports_any(spec: Any, dtype_name: str) -> str | None:
+    return _dtype_refused(dtype_name, ("float32", "bfloat16", "float16"))
+
+
+def _gpu_supports_mlp(spec: ElementMlp, dtype_name: str) -> str | None:
+    from .torch.triton_operations import unsupported  # it needs PyTorch and Triton
+
+    return unsupported(spec) or _gpu_supports_any(spec, dtype_name)
+
+
 def _kernel_supports(spec: Spec, dtype_name: str, dtype_names: tuple[str, ...]) -> str | None:
     if reason := _dtype_refused(dtype_name, dtype_names):
         return reason
@@ -188,14 +198,17 @@ OPERATIONS: dict[str, tuple[Backend, ...]] = {
         Backend("reference", (), _nothing_missing, _any_spec),
     ),
     "element_mlp": (
+        Backend("triton", ("cuda", "rocm"), _triton_missing, _gpu_supports_mlp),
         Backend("cpu", ("cpu",), _cpu_missing, _cpu_supports_mlp),
         Backend("reference", (), _nothing_missing, _any_spec),
     ),
     "adam": (
+        Backend("triton", ("cuda", "rocm"), _triton_missing, _gpu_supports_any),
         Backend("cpu", ("cpu",), _cpu_missing, _cpu_supports_any),
         Backend("reference", (), _nothing_missing, _any_spec),
     ),
     "statistics": (
+        Backend("triton", ("cuda", "rocm"), _triton_missing, _gpu_supports_any),
         Backend("cpu", ("cpu",), _cpu_missing, _cpu_supports_any),
         Backend("reference", (), _nothing_missing, _any_spec),
     ),

@@ -256,7 +256,7 @@ def test_table_has_every_implementation() -> None:
         *(
             (operation, b)
             for operation in ("element_mlp", "adam", "statistics")
-            for b in ("cpu", "reference")
+            for b in ("triton", "cpu", "reference")
         ),
     ]
     assert {row.backend: row.reason for row in rows}["reference"] is None

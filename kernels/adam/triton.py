@@ -6,9 +6,10 @@ from lopt_fast.kernels.common.triton import (
     block_of,
     field,
     gradient_of,
+    gradient_rule,
+    output_of,
     parameter_of,
     place_of,
-    store_averages,
     store_result,
     tile_of,
     typed,
@@ -38,21 +39,25 @@ def adam(
         return
     record, _, group, _, _, begin, end, columns = tile_of(table, tiles, COLUMNS)
     place = place_of(record, group, False, ALIGNED, COLUMNS)
-    s = scalars + tl.load(record + field("operand")) * SCALARS
+    grad, param = typed(record, field("grad"), TYPE, ALIGNED), typed(record, field("param"), TYPE, ALIGNED)
     momentum = typed(record, field("momentum"), tl.float32, ALIGNED)
     second_moment = typed(record, field("second_moment"), tl.float32, ALIGNED)
+    rule, output = gradient_rule(numbers), output_of(record, numbers, TYPE, ALIGNED)
+    s = scalars + tl.load(record + field("operand")) * SCALARS
+    beta1, beta2, l2 = tl.load(s + scalar("beta1")), tl.load(s + scalar("beta2")), tl.load(s + scalar("l2"))
+    momentum_factor, gradient_factor = (
+        tl.load(s + scalar("momentum_factor")), tl.load(s + scalar("gradient_factor"))
+    )  # fmt: skip
+    v_factor, root_epsilon = tl.load(s + scalar("v_factor")), tl.load(s + scalar("root_epsilon"))
+    scale, epsilon = tl.load(s + scalar("scale")), tl.load(s + scalar("epsilon"))
     for first in range(begin, end, ROWS):
         offsets, mask = block_of(place, first + tl.arange(0, ROWS), columns, False)
-        p = parameter_of(record, offsets, mask, TYPE, ALIGNED)
-        g = gradient_of(record, offsets, mask, numbers, TYPE, ALIGNED) + p * tl.load(s + scalar("l2"))
-        m = tl.load(momentum + offsets, mask=mask, other=0.0)
-        v = tl.load(second_moment + offsets, mask=mask, other=0.0)
-        beta1, beta2 = tl.load(s + scalar("beta1")), tl.load(s + scalar("beta2"))
-        m = beta1 * m + (1.0 - beta1) * g
-        v = beta2 * v + (1.0 - beta2) * g * g
-        store_averages(record, offsets, mask, (m,), field("momentum"), ALIGNED)
-        store_averages(record, offsets, mask, (v,), field("second_moment"), ALIGNED)
-        numerator = m * tl.load(s + scalar("momentum_factor")) + g * tl.load(s + scalar("gradient_factor"))
-        root = tl.sqrt(v * tl.load(s + scalar("v_factor")) + tl.load(s + scalar("root_epsilon")))
-        step = numerator * tl.load(s + scalar("scale")) / (root + tl.load(s + scalar("epsilon")))
-        store_result(record, offsets, mask, p, step, numbers, OUTPUT, TYPE, ALIGNED)
+        p = parameter_of(param, offsets, mask)
+        g = gradient_of(grad, offsets, mask, rule) + l2 * p
+        m = beta1 * tl.load(momentum + offsets, mask=mask, other=0.0) + (1.0 - beta1) * g
+        v = beta2 * tl.load(second_moment + offsets, mask=mask, other=0.0) + (1.0 - beta2) * g * g
+        tl.store(momentum + offsets, m, mask=mask)
+        tl.store(second_moment + offsets, v, mask=mask)
+        numerator = momentum_factor * m + gradient_factor * g
+        step = scale * numerator / (epsilon + tl.sqrt(v_factor * v + root_epsilon))
+        store_result(output, offsets, mask, p, step, OUTPUT, TYPE)

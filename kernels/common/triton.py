@@ -6,8 +6,8 @@ x rows and run = y * batch2 columns, its rows batch1 * run elements apart. A til
 COLUMNS columns of a group, and one program's work, in blocks of (ROWS, COLUMNS). Where no factored moments are kept a
 tensor is cut into rows of COLUMNS elements instead.
 
-Sums go from a tile to its own place, its slot, and `add_tiles` adds the slots of a tensor up in their order: no atomics,
-the same bits in every run. Numbers of a step are read on the device, the host waits for nothing.
+Sums go from a tile to its own place, its slot, and `add_tiles` adds the slots of a tensor up in their order: no
+atomics, the same bits in every run. Numbers of a step are read on the device, the host waits for nothing.
 
 Constants of a launch (tl.constexpr):
     FACTORED                 matrices; else rows of COLUMNS elements
@@ -25,19 +25,22 @@ from typing import Any, Literal
 import triton
 import triton.language as tl
 
-FIELDS = (
+OF_CALL = (
     "param", "grad", "output",
     "momentum", "momentum_stride", "second_moment", "second_moment_stride",  # strides: from one average to the next
     "x_accumulator", "x_accumulator_stride",  # factored moments along x; not FACTORED: of every element
     "y_accumulator", "y_accumulator_stride",
-    "operand",  # row of the arrays that have one for each tensor
     "lr", "weight_decay",  # places in `numbers`
+)  # fmt: skip
+"""The first fields, which may differ from call to call. Addresses are of float32 arrays but for the first three."""
+FIELDS = (
+    *OF_CALL,
+    "operand",  # row of the arrays that have one for each tensor
     "elements", "batch0", "x", "batch1", "run", "batch2", "x_size", "y_size",
     "rows_per_tile", "x_tiles", "run_tiles", "first_slot", "tiles",
     "x_sums", "y_sums",  # (tiles along the run, x_size), (tiles along x, y_size): sums of g^2 over the other axis
     "means",  # (factored moments, batches): of the row accumulator along its axis
 )  # fmt: skip
-"""Addresses are of float32 arrays but for param, grad and output."""
 _PLACES = {name: i for i, name in enumerate(FIELDS)}
 
 RECORD = tl.constexpr(len(FIELDS))
@@ -138,61 +141,88 @@ def average(old, rate, new):
 
 
 @triton.jit
-def gradient_of(record, offsets, mask, numbers, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+def gradient_rule(numbers):
+    """(scale, bound) of gradients."""
+    return tl.load(numbers + GRAD_SCALE), tl.load(numbers + GRAD_BOUND)
+
+
+@triton.jit
+def gradient_of(grad, offsets, mask, rule):
     """The gradient of a block, scaled and clipped; 0 outside the mask."""
-    g = tl.load(typed(record, field("grad"), TYPE, ALIGNED) + offsets, mask=mask, other=0.0).to(tl.float32)
-    return clipped(g * tl.load(numbers + GRAD_SCALE), tl.load(numbers + GRAD_BOUND))
+    scale, bound = rule
+    return clipped(tl.load(grad + offsets, mask=mask, other=0.0).to(tl.float32) * scale, bound)
 
 
 @triton.jit
-def parameter_of(record, offsets, mask, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+def parameter_of(param, offsets, mask):
     """The parameters of a block; 0 outside the mask."""
-    p = tl.load(typed(record, field("param"), TYPE, ALIGNED) + offsets, mask=mask, other=0.0)
-    return p.to(tl.float32)
+    return tl.load(param + offsets, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def averages_of(
-    record, offsets, mask, new, rates, COUNT: tl.constexpr, FIRST_RATE: tl.constexpr, FIELD: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):  # fmt: skip
-    """The COUNT averages of a block whose address is in FIELD, and their distance behind it, after the value `new`."""
-    array = typed(record, FIELD, tl.float32, ALIGNED)
-    stride = length(record, FIELD + 1, ALIGNED)
-    after = ()
+def averages_in(
+    record, rates, COUNT: tl.constexpr, FIRST_RATE: tl.constexpr, FIELD: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """COUNT running averages whose address is in FIELD: (address, distance from one to the next, 1 - decays)."""
+    chosen = ()
     for k in tl.static_range(COUNT):
-        old = tl.load(array + k * stride + offsets, mask=mask, other=0.0)
-        after += (average(old, tl.load(rates + FIRST_RATE + k), new),)
+        chosen += (tl.load(rates + FIRST_RATE + k),)
+    return typed(record, FIELD, tl.float32, ALIGNED), length(record, FIELD + 1, ALIGNED), chosen
+
+
+@triton.jit
+def averages_of(averages, offsets, mask, new):
+    """Those of a block after the value `new`."""
+    array, stride, rates = averages
+    after = ()
+    for k in tl.static_range(len(rates)):
+        after += (average(tl.load(array + k * stride + offsets, mask=mask, other=0.0), rates[k], new),)
     return after
 
 
 @triton.jit
-def store_averages(record, offsets, mask, values, FIELD: tl.constexpr, ALIGNED: tl.constexpr):
+def store_averages(averages, offsets, mask, values):
     """Writes what `averages_of` gave."""
-    array = typed(record, FIELD, tl.float32, ALIGNED)
-    stride = length(record, FIELD + 1, ALIGNED)
+    array, stride, _rates = averages
     for k in tl.static_range(len(values)):
         tl.store(array + k * stride + offsets, values[k], mask=mask)
 
 
 @triton.jit
-def store_result(
-    record, offsets, mask, p, step, numbers, OUTPUT: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr
-):
+def output_of(record, numbers, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Where a step's result goes: (address, learning rate, weight decay)."""
+    lr = tl.load(numbers + tl.load(record + field("lr")))
+    weight_decay = tl.load(numbers + tl.load(record + field("weight_decay")))
+    return typed(record, field("output"), TYPE, ALIGNED), lr, weight_decay
+
+
+@triton.jit
+def store_result(output, offsets, mask, p, step, OUTPUT: tl.constexpr, TYPE: tl.constexpr):
     """Writes what a step gives: see OUTPUT."""
+    address, lr, weight_decay = output
     result = step
     if OUTPUT != "step":
-        lr, weight_decay = (
-            tl.load(numbers + tl.load(record + field("lr"))),
-            tl.load(numbers + tl.load(record + field("weight_decay"))),
-        )
         result = -lr * (step + p * weight_decay)
         if OUTPUT == "parameter":
             result = p + result
-    tl.store(typed(record, field("output"), TYPE, ALIGNED) + offsets, result.to(TYPE), mask=mask)
+    tl.store(address + offsets, result.to(TYPE), mask=mask)
 
 
 # ---- sums of tiles ----
+
+
+@triton.constexpr_function
+def folds(ALIGNED):
+    """How many neighbours, which one thread holds, are added before they go to a running sum: fewer registers."""
+    return 4 if ALIGNED else 1
+
+
+@triton.jit
+def folded(x, ALIGNED: tl.constexpr):
+    """(ROWS, COLUMNS / folds): sums of neighbours."""
+    if ALIGNED:
+        x = tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 4, 4]), 2)
+    return x
 
 
 @triton.jit

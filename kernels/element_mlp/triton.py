@@ -9,14 +9,16 @@ The launches of a step, in order (`lopt_fast.torch.triton_operations` makes them
     apply, add_tiles         pass 3: new running averages, columns, network, output; sums of the last hidden units
 
 Momenta and second moments are written by the last pass alone; pass 2 computes what they will be. The columns that the
-network sees, in the order of its input, are of three kinds: of an element, (ROWS, COLUMNS); along y, (1, COLUMNS), which
-stay in registers for a tile; and along x, (ROWS, 1), or (ROWS, COLUMNS) where GATHER.
+network sees, in the order of its input, are of three kinds: of an element, (ROWS, COLUMNS); along y, (1, COLUMNS),
+which stay in registers for a tile; and along x, (ROWS, 1), or (ROWS, COLUMNS) where GATHER.
 
 More constants of a launch (tl.constexpr; the others: kernels/common/triton.py):
     ELEMENT, ALONG_X, ALONG_Y   columns of each kind: (group, member, place in the network's input)
     X_IS_ROW                    which factored axis is the outer one
     INPUTS, H, LAYERS           inputs of the network, hidden units and hidden layers
     TANH                        activation; else max(x, 0)
+    MATMUL, PRECISION, UNITS    products of the network by tl.dot, hidden units padded to UNITS; else unit by unit in
+                                registers, which grows with H^2: a minute of compiling at 32
     RMS_EPSILON, DIAGONAL_EPSILON  see lopt_fast.reference.Epsilons
     WITH_SQUARE                 also the sum of the squared parameter, behind those of the columns
     WITH_HIDDEN                 also the sums of the last hidden units
@@ -30,18 +32,25 @@ from lopt_fast.kernels.common.triton import (
     RECORD,
     Layout,
     average,
+    averages_in,
     averages_of,
     block_of,
     clipped,
     field,
     floats,
+    folded,
+    folds,
     gradient_of,
+    gradient_rule,
+    output_of,
     parameter_of,
     place_of,
     store_averages,
     store_result,
     tile_of,
+    typed,
 )
+from lopt_fast.kernels.small_fc_lopt.triton import _product, _stack16, default_precision
 
 from lopt_fast.operations import ElementMlp
 from lopt_fast.reference import (
@@ -86,6 +95,15 @@ def input_of(columns, i):
 
 
 @triton.constexpr_function
+def index_of(columns, place):
+    """Of the column with this place in the network's input; -1 if it is not in the list."""
+    for i, column in enumerate(columns):
+        if column[2] == place:
+            return i
+    return -1
+
+
+@triton.constexpr_function
 def count_of(columns):
     return len(columns)
 
@@ -114,14 +132,15 @@ def factor_sums(
 ):  # fmt: skip
     """Pass 1 over a tile: x_sums, y_sums."""
     record, _, group, x_tile, run_tile, begin, end, columns = tile_of(table, tiles, COLUMNS)
-    place = place_of(record, group, True, ALIGNED, COLUMNS)
+    place, rule = place_of(record, group, True, ALIGNED, COLUMNS), gradient_rule(numbers)
+    grad = typed(record, field("grad"), TYPE, ALIGNED)
     x_first, x_stride, x_phase, x = _along_x(record, group, columns, GATHER)
     x_sums = floats(record, field("x_sums")) + run_tile * tl.load(record + field("x_size"))
     over_x = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in range(begin, end, ROWS):
         rows = first + tl.arange(0, ROWS)
         offsets, mask = block_of(place, rows, columns, True)
-        g = gradient_of(record, offsets, mask, numbers, TYPE, ALIGNED)
+        g = gradient_of(grad, offsets, mask, rule)
         square = g * g
         over_x += square
         to = x_sums + x_first + rows * x_stride
@@ -330,15 +349,53 @@ def _x_moments(record, along_x, rows, mask, FACTORED_MOMENTS: tl.constexpr, GATH
 
 
 @triton.jit
-def _element_columns(
-    ELEMENT: tl.constexpr, g, p, m, v, d, x_factors, y_factors,
-    FACTORED: tl.constexpr, RMS_EPSILON: tl.constexpr, DIAGONAL_EPSILON: tl.constexpr,
+def _factored_moments(
+    record, group, columns, FACTORED: tl.constexpr, GATHER: tl.constexpr, X_IS_ROW: tl.constexpr,
+    FACTORED_MOMENTS: tl.constexpr,
 ):  # fmt: skip
+    """What is equal for all rows of a tile: (moments along y, their factors, means, `_along_x`)."""
+    moments, factors, means, along_x = (), (), (), ()
+    if FACTORED:
+        moments = _y_moments(record, group, columns, FACTORED_MOMENTS)
+        means = _means(record, group, columns, FACTORED_MOMENTS, GATHER)
+        factors = _axis_factors(moments, means, not X_IS_ROW)
+        along_x = _along_x(record, group, columns, GATHER)
+    return moments, factors, means, along_x
+
+
+@triton.jit
+def _averages(
+    record, rates, FACTORED: tl.constexpr, ALIGNED: tl.constexpr, MOMENTA: tl.constexpr,
+    SECOND_MOMENTS: tl.constexpr, FACTORED_MOMENTS: tl.constexpr,
+):  # fmt: skip
+    """`averages_in` for momenta, second moments, and factored moments where they are of every element."""
+    momentum = averages_in(record, rates, MOMENTA, 0, field("momentum"), ALIGNED)
+    second_moment = averages_in(record, rates, SECOND_MOMENTS, MOMENTA, field("second_moment"), ALIGNED)
+    of_elements = averages_in(record, rates, 0 if FACTORED else FACTORED_MOMENTS, MOMENTA + SECOND_MOMENTS,
+                              field("x_accumulator"), ALIGNED)  # fmt: skip
+    return momentum, second_moment, of_elements
+
+
+@triton.jit
+def _averages_and_columns(
+    record, averages, offsets, mask, rows, y_factors, means, along_x, g, p,
+    FACTORED: tl.constexpr, GATHER: tl.constexpr, X_IS_ROW: tl.constexpr, FACTORED_MOMENTS: tl.constexpr,
+    ELEMENT: tl.constexpr, ALONG_X: tl.constexpr, RMS_EPSILON: tl.constexpr, DIAGONAL_EPSILON: tl.constexpr,
+):  # fmt: skip
+    """Of a block: (momenta, second moments, moments of every element where not FACTORED: after gradient g; columns of
+    elements, columns along x)."""
+    m = averages_of(averages[0], offsets, mask, g)
+    v = averages_of(averages[1], offsets, mask, g * g)
+    d = averages_of(averages[2], offsets, mask, g * g + E_SQUARE)
+    x_moments, x_factors = (), ()
+    if FACTORED:
+        x_moments = _x_moments(record, along_x, rows, mask, FACTORED_MOMENTS, GATHER)
+        x_factors = _axis_factors(x_moments, means, X_IS_ROW)
     x = ()
     for i in tl.static_range(count_of(ELEMENT)):
         x += (_element_column(group_of(ELEMENT, i), member_of(ELEMENT, i), g, p, m, v, d, x_factors, y_factors,
                               FACTORED, RMS_EPSILON, DIAGONAL_EPSILON),)  # fmt: skip
-    return x
+    return m, v, d, x, _axis_columns(ALONG_X, x_moments)
 
 
 # ---- pass 2 ----
@@ -362,10 +419,11 @@ def _add(sums, values, mask):
 
 
 @triton.jit
-def _squares(x):
+def _add_squares(sums, x, mask, FOLD: tl.constexpr):
+    """sums + x^2 inside the mask, neighbours added where FOLD."""
     out = ()
     for i in tl.static_range(len(x)):
-        out += (x[i] * x[i],)
+        out += (sums[i] + folded(tl.where(mask, x[i] * x[i], 0.0), FOLD),)
     return out
 
 
@@ -386,48 +444,36 @@ def column_sums(
 ):  # fmt: skip
     """Pass 2 over a tile: sums[slot], (WIDTH,): of the squares of the columns, and of the parameter behind them."""
     record, slot, group, _, _, begin, end, columns = tile_of(table, tiles, COLUMNS)
-    place = place_of(record, group, FACTORED, ALIGNED, COLUMNS)
-    block = tl.zeros([ROWS, COLUMNS], tl.float32)
-    row = block if GATHER else tl.zeros([ROWS, 1], tl.float32)
+    place, rule = place_of(record, group, FACTORED, ALIGNED, COLUMNS), gradient_rule(numbers)
+    grad, param = typed(record, field("grad"), TYPE, ALIGNED), typed(record, field("param"), TYPE, ALIGNED)
+    averages = _averages(record, rates, FACTORED, ALIGNED, MOMENTA, SECOND_MOMENTS, FACTORED_MOMENTS)
+    block = tl.zeros([ROWS, COLUMNS // folds(ALIGNED)], tl.float32)
     total = _zeros(block, count_of(ELEMENT))
-    x_total = _zeros(row, count_of(ALONG_X))
+    x_total = _zeros(tl.zeros([ROWS, COLUMNS if GATHER else 1], tl.float32), count_of(ALONG_X))
     p_total = block
-    x_moments, x_factors, y_moments, y_factors, means, along_x = (), (), (), (), (), None
-    if FACTORED:
-        along_x = _along_x(record, group, columns, GATHER)
-        y_moments = _y_moments(record, group, columns, FACTORED_MOMENTS)
-        means = _means(record, group, columns, FACTORED_MOMENTS, GATHER)
-        y_factors = _axis_factors(y_moments, means, not X_IS_ROW)
+    y_moments, y_factors, means, along_x = _factored_moments(
+        record, group, columns, FACTORED, GATHER, X_IS_ROW, FACTORED_MOMENTS
+    )
     for first in range(begin, end, ROWS):
         rows = first + tl.arange(0, ROWS)
         offsets, mask = block_of(place, rows, columns, FACTORED)
-        g = gradient_of(record, offsets, mask, numbers, TYPE, ALIGNED)
-        p = parameter_of(record, offsets, mask, TYPE, ALIGNED)
-        m = averages_of(record, offsets, mask, g, rates, MOMENTA, 0, field("momentum"), ALIGNED)
-        v = averages_of(
-            record, offsets, mask, g * g, rates, SECOND_MOMENTS, MOMENTA, field("second_moment"), ALIGNED
-        )
-        d = ()
-        if FACTORED:
-            x_moments = _x_moments(record, along_x, rows, mask, FACTORED_MOMENTS, GATHER)
-            x_factors = _axis_factors(x_moments, means, X_IS_ROW)
-        else:
-            d = averages_of(record, offsets, mask, g * g + E_SQUARE, rates, FACTORED_MOMENTS,
-                            MOMENTA + SECOND_MOMENTS, field("x_accumulator"), ALIGNED)  # fmt: skip
-        x = _element_columns(ELEMENT, g, p, m, v, d, x_factors, y_factors,
-                             FACTORED, RMS_EPSILON, DIAGONAL_EPSILON)  # fmt: skip
-        total = _add(total, _squares(x), mask)
+        g = gradient_of(grad, offsets, mask, rule)
+        p = parameter_of(param, offsets, mask)
+        found = _averages_and_columns(
+            record, averages, offsets, mask, rows, y_factors, means, along_x, g, p,
+            FACTORED, GATHER, X_IS_ROW, FACTORED_MOMENTS, ELEMENT, ALONG_X, RMS_EPSILON, DIAGONAL_EPSILON,
+        )  # fmt: skip
+        total = _add_squares(total, found[3], mask, ALIGNED)
         x_mask = mask if GATHER else (rows < place[2])[:, None]
-        x_total = _add(x_total, _squares(_axis_columns(ALONG_X, x_moments)), x_mask)
+        x_total = _add_squares(x_total, found[4], x_mask, False)
         if WITH_SQUARE:
-            p_total += p * p
+            p_total += folded(p * p, ALIGNED)
     to = sums + slot * WIDTH
     _store_sums(to, ELEMENT, total, 1.0)
     inside = columns < place[3]
     _store_sums(to, ALONG_X, x_total, 1.0 if GATHER else tl.sum(inside.to(tl.float32)))
-    y_total = _add(
-        _zeros(tl.zeros([1, COLUMNS], tl.float32), count_of(ALONG_Y)), _squares(_axis_columns(ALONG_Y, y_moments)), inside[None, :]
-    )
+    y_total = _zeros(tl.zeros([1, COLUMNS], tl.float32), count_of(ALONG_Y))
+    y_total = _add_squares(y_total, _axis_columns(ALONG_Y, y_moments), inside[None, :], False)
     _store_sums(to, ALONG_Y, y_total, (end - begin).to(tl.float32))
     if WITH_SQUARE:
         tl.store(to + INPUTS, tl.sum(p_total))
@@ -460,17 +506,98 @@ def _dense(x, w, b, OUTPUTS: tl.constexpr):
 
 
 @triton.jit
+def _activation(x, TANH: tl.constexpr):
+    if TANH:
+        # Of the magnitude, with its sign: exp of a large number must not become infinite.
+        small = tl.exp(tl.abs(x) * -2.0)
+        size = (1.0 - small) / (1.0 + small)
+        y = tl.where(x < 0.0, -size, size)
+    else:
+        y = tl.where(x < 0.0, 0.0, x)
+    return y
+
+
+@triton.jit
 def _activated(units, TANH: tl.constexpr):
     out = ()
     for j in tl.static_range(len(units)):
-        if TANH:
-            # Of the magnitude, with its sign: exp of a large number must not become infinite.
-            small = tl.exp(tl.abs(units[j]) * -2.0)
-            size = (1.0 - small) / (1.0 + small)
-            out += (tl.where(units[j] < 0.0, -size, size),)
-        else:
-            out += (tl.where(units[j] < 0.0, 0.0, units[j]),)
+        out += (_activation(units[j], TANH),)
     return out
+
+
+@triton.jit
+def _network_in_registers(
+    network, x, x_columns, y_units,
+    ELEMENT: tl.constexpr, ALONG_X: tl.constexpr, INPUTS: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr,
+    TANH: tl.constexpr,
+):  # fmt: skip
+    """(direction, magnitude, last hidden units) of a block: a block of values for each unit."""
+    w = network + network_at(0, False, INPUTS, H, LAYERS)
+    units = _add_products(y_units, x_columns, ALONG_X, w, H)
+    units = _activated(_add_products(units, x, ELEMENT, w, H), TANH)
+    for layer in tl.static_range(1, LAYERS):
+        w = network + network_at(layer, False, INPUTS, H, LAYERS)
+        b = network + network_at(layer, True, INPUTS, H, LAYERS)
+        units = _activated(_dense(units, w, b, H), TANH)
+    w = network + network_at(LAYERS, False, INPUTS, H, LAYERS)
+    b = network + network_at(LAYERS, True, INPUTS, H, LAYERS)
+    direction, magnitude = _dense(units, w, b, 2)
+    return direction, magnitude, units
+
+
+@triton.jit
+def _sixteen(
+    x, x_columns, y_columns, like, CHUNK: tl.constexpr,
+    ELEMENT: tl.constexpr, ALONG_X: tl.constexpr, ALONG_Y: tl.constexpr,
+):  # fmt: skip
+    """Columns 16 CHUNK to 16 CHUNK + 15 of the network's input, each (ROWS, COLUMNS); 0 behind the last."""
+    zero = like * 0.0
+    columns = ()
+    for k in tl.static_range(16):
+        if index_of(ELEMENT, CHUNK * 16 + k) >= 0:
+            columns += (x[index_of(ELEMENT, CHUNK * 16 + k)],)
+        elif index_of(ALONG_X, CHUNK * 16 + k) >= 0:
+            columns += (x_columns[index_of(ALONG_X, CHUNK * 16 + k)] + zero,)
+        elif index_of(ALONG_Y, CHUNK * 16 + k) >= 0:
+            columns += (y_columns[index_of(ALONG_Y, CHUNK * 16 + k)] + zero,)
+        else:
+            columns += (zero,)
+    return columns
+
+
+@triton.jit
+def _network_by_products(
+    network, x, x_columns, y_columns, mask,
+    ELEMENT: tl.constexpr, ALONG_X: tl.constexpr, ALONG_Y: tl.constexpr, INPUTS: tl.constexpr, H: tl.constexpr,
+    LAYERS: tl.constexpr, TANH: tl.constexpr, UNITS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(direction, magnitude, last hidden units) of a block: matrices of (elements, inputs) and (inputs, units)."""
+    M: tl.constexpr = mask.shape[0] * mask.shape[1]
+    unit, k = tl.arange(0, UNITS), tl.arange(0, 16)
+    like = tl.where(mask, 0.0, 0.0)
+    used: tl.constexpr = count_of(ELEMENT) + count_of(ALONG_X) + count_of(ALONG_Y)
+    w0 = network + network_at(0, False, INPUTS, H, LAYERS)
+    b0 = tl.load(network + network_at(0, True, INPUTS, H, LAYERS) + unit, mask=unit < H, other=0.0)
+    a = tl.zeros([M, UNITS], tl.float32) + b0[None, :]
+    for chunk in tl.static_range((used + 15) // 16):
+        columns = _sixteen(x, x_columns, y_columns, like, chunk, ELEMENT, ALONG_X, ALONG_Y)
+        inputs = k + chunk * 16
+        real = (inputs < used)[:, None] & (unit < H)[None, :]
+        w = tl.load(w0 + inputs[:, None] * H + unit[None, :], mask=real, other=0.0)
+        a = _product(_stack16(columns), w, a, PRECISION)
+    a = _activation(a, TANH)
+    i = tl.arange(0, UNITS)
+    for layer in tl.static_range(1, LAYERS):
+        at = network + network_at(layer, False, INPUTS, H, LAYERS)
+        real = (i < H)[:, None] & (unit < H)[None, :]
+        w = tl.load(at + i[:, None] * H + unit[None, :], mask=real, other=0.0)
+        b = tl.load(network + network_at(layer, True, INPUTS, H, LAYERS) + unit, mask=unit < H, other=0.0)
+        a = _activation(_product(a, w, tl.zeros([M, UNITS], tl.float32) + b[None, :], PRECISION), TANH)
+    w_out = network + network_at(LAYERS, False, INPUTS, H, LAYERS) + unit * 2
+    b_out = network + network_at(LAYERS, True, INPUTS, H, LAYERS)
+    direction = tl.sum(a * tl.load(w_out, mask=unit < H, other=0.0)[None, :], 1) + tl.load(b_out)
+    magnitude = tl.sum(a * tl.load(w_out + 1, mask=unit < H, other=0.0)[None, :], 1) + tl.load(b_out + 1)
+    return tl.reshape(direction, mask.shape), tl.reshape(magnitude, mask.shape), a
 
 
 @triton.jit
@@ -481,6 +608,7 @@ def apply(
     MOMENTA: tl.constexpr, SECOND_MOMENTS: tl.constexpr, FACTORED_MOMENTS: tl.constexpr,
     ELEMENT: tl.constexpr, ALONG_X: tl.constexpr, ALONG_Y: tl.constexpr, INPUTS: tl.constexpr,
     H: tl.constexpr, LAYERS: tl.constexpr, TANH: tl.constexpr,
+    MATMUL: tl.constexpr, PRECISION: tl.constexpr, UNITS: tl.constexpr,
     RMS_EPSILON: tl.constexpr, DIAGONAL_EPSILON: tl.constexpr, WITH_HIDDEN: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Pass 3 over a tile: averages, output; sums[slot], (WIDTH,), of the last hidden units. networks: (tensors, size).
@@ -490,79 +618,82 @@ def apply(
     if tl.load(found_inf) != 0.0:
         return
     record, slot, group, _, _, begin, end, columns = tile_of(table, tiles, COLUMNS)
-    place = place_of(record, group, FACTORED, ALIGNED, COLUMNS)
+    place, rule = place_of(record, group, FACTORED, ALIGNED, COLUMNS), gradient_rule(numbers)
+    grad, param = typed(record, field("grad"), TYPE, ALIGNED), typed(record, field("param"), TYPE, ALIGNED)
+    averages = _averages(record, rates, FACTORED, ALIGNED, MOMENTA, SECOND_MOMENTS, FACTORED_MOMENTS)
+    output = output_of(record, numbers, TYPE, ALIGNED)
     network = networks + tl.load(record + field("operand")) * network_at(LAYERS + 1, False, INPUTS, H, LAYERS)
-    w0 = network + network_at(0, False, INPUTS, H, LAYERS)
-    b0 = network + network_at(0, True, INPUTS, H, LAYERS)
-    block = tl.zeros([ROWS, COLUMNS], tl.float32)
-    hidden_total = _zeros(block, H if WITH_HIDDEN else 0)
-    x_moments, x_factors, y_moments, y_factors, means, along_x = (), (), (), (), (), None
-    if FACTORED:
-        along_x = _along_x(record, group, columns, GATHER)
-        y_moments = _y_moments(record, group, columns, FACTORED_MOMENTS)
-        means = _means(record, group, columns, FACTORED_MOMENTS, GATHER)
-        y_factors = _axis_factors(y_moments, means, not X_IS_ROW)
-    # What is equal for all rows of the tile: the bias with the columns along y.
+    if WITH_HIDDEN:
+        if MATMUL:
+            hidden_total = tl.zeros([ROWS * COLUMNS, UNITS], tl.float32)
+        else:
+            hidden_total = _zeros(tl.zeros([ROWS, COLUMNS], tl.float32), H)
+    y_moments, y_factors, means, along_x = _factored_moments(
+        record, group, columns, FACTORED, GATHER, X_IS_ROW, FACTORED_MOMENTS
+    )
+    y_columns = _axis_columns(ALONG_Y, y_moments)
     y_units = ()
-    for j in tl.static_range(H):
-        y_units += (tl.zeros([1, COLUMNS], tl.float32) + tl.load(b0 + j),)
-    y_units = _add_products(y_units, _axis_columns(ALONG_Y, y_moments), ALONG_Y, w0, H)
+    if not MATMUL:  # the bias with the columns along y
+        for j in tl.static_range(H):
+            b0 = tl.load(network + network_at(0, True, INPUTS, H, LAYERS) + j)
+            y_units += (tl.zeros([1, COLUMNS], tl.float32) + b0,)
+        w0 = network + network_at(0, False, INPUTS, H, LAYERS)
+        y_units = _add_products(y_units, y_columns, ALONG_Y, w0, H)
     for first in range(begin, end, ROWS):
         rows = first + tl.arange(0, ROWS)
         offsets, mask = block_of(place, rows, columns, FACTORED)
-        g = gradient_of(record, offsets, mask, numbers, TYPE, ALIGNED)
-        p = parameter_of(record, offsets, mask, TYPE, ALIGNED)
-        m = averages_of(record, offsets, mask, g, rates, MOMENTA, 0, field("momentum"), ALIGNED)
-        v = averages_of(
-            record, offsets, mask, g * g, rates, SECOND_MOMENTS, MOMENTA, field("second_moment"), ALIGNED
-        )
-        store_averages(record, offsets, mask, m, field("momentum"), ALIGNED)
-        store_averages(record, offsets, mask, v, field("second_moment"), ALIGNED)
-        d = ()
-        if FACTORED:
-            x_moments = _x_moments(record, along_x, rows, mask, FACTORED_MOMENTS, GATHER)
-            x_factors = _axis_factors(x_moments, means, X_IS_ROW)
+        g = gradient_of(grad, offsets, mask, rule)
+        p = parameter_of(param, offsets, mask)
+        m, v, d, x, x_columns = _averages_and_columns(
+            record, averages, offsets, mask, rows, y_factors, means, along_x, g, p,
+            FACTORED, GATHER, X_IS_ROW, FACTORED_MOMENTS, ELEMENT, ALONG_X, RMS_EPSILON, DIAGONAL_EPSILON,
+        )  # fmt: skip
+        store_averages(averages[0], offsets, mask, m)
+        store_averages(averages[1], offsets, mask, v)
+        store_averages(averages[2], offsets, mask, d)
+        if MATMUL:
+            direction, magnitude, hidden = _network_by_products(
+                network, x, x_columns, y_columns, mask,
+                ELEMENT, ALONG_X, ALONG_Y, INPUTS, H, LAYERS, TANH, UNITS, PRECISION,
+            )  # fmt: skip
+            if WITH_HIDDEN:
+                hidden_total += tl.where(tl.reshape(mask, [ROWS * COLUMNS])[:, None], hidden, 0.0)
         else:
-            d = averages_of(record, offsets, mask, g * g + E_SQUARE, rates, FACTORED_MOMENTS,
-                            MOMENTA + SECOND_MOMENTS, field("x_accumulator"), ALIGNED)  # fmt: skip
-            store_averages(record, offsets, mask, d, field("x_accumulator"), ALIGNED)
-        x = _element_columns(ELEMENT, g, p, m, v, d, x_factors, y_factors,
-                             FACTORED, RMS_EPSILON, DIAGONAL_EPSILON)  # fmt: skip
-        units = _add_products(y_units, _axis_columns(ALONG_X, x_moments), ALONG_X, w0, H)
-        units = _activated(_add_products(units, x, ELEMENT, w0, H), TANH)
-        for layer in tl.static_range(1, LAYERS):
-            w = network + network_at(layer, False, INPUTS, H, LAYERS)
-            units = _activated(
-                _dense(units, w, network + network_at(layer, True, INPUTS, H, LAYERS), H), TANH
+            direction, magnitude, hidden = _network_in_registers(
+                network, x, x_columns, y_units, ELEMENT, ALONG_X, INPUTS, H, LAYERS, TANH
             )
-        if WITH_HIDDEN:
-            hidden_total = _add(hidden_total, units, mask)
-        w, b = (
-            network + network_at(LAYERS, False, INPUTS, H, LAYERS),
-            network + network_at(LAYERS, True, INPUTS, H, LAYERS),
-        )
-        direction, magnitude = _dense(units, w, b, 2)
+            if WITH_HIDDEN:
+                hidden_total = _add(hidden_total, hidden, mask)
         step = direction * tl.exp2(magnitude)
-        store_result(record, offsets, mask, p, step, numbers, OUTPUT, TYPE, ALIGNED)
+        store_result(output, offsets, mask, p, step, OUTPUT, TYPE)
     if WITH_HIDDEN:
-        for j in tl.static_range(H):
-            tl.store(sums + slot * WIDTH + j, tl.sum(hidden_total[j]))
+        to = sums + slot * WIDTH
+        if MATMUL:
+            unit = tl.arange(0, UNITS)
+            tl.store(to + unit, tl.sum(hidden_total, 0), mask=unit < H)
+        else:
+            for j in tl.static_range(H):
+                tl.store(to + j, tl.sum(hidden_total[j]))
 
 
 # ---- how it is launched ----
 
 MOST_HIDDEN = 64
+MATMUL_FROM = 16
+"""Width from which the network is computed by matrix products (not measured on a device yet)."""
 MOST_FACTORED = 8
-FACTOR_BLOCK = 1024
+FACTOR_BLOCK = (1024, 4)  # elements, warps
 MOVE_ENTRIES = 128
 MOVE_TILES = 8
 
 
-def block(spec: ElementMlp, kernel: str) -> int:
-    """Elements of a block: as many values for a thread as its registers hold."""
-    if kernel == "column_sums" or spec.hidden_size <= 4:
-        return 512
-    return 256 if spec.hidden_size <= 16 else 128
+def block(spec: ElementMlp, kernel: str) -> tuple[int, int]:
+    """(elements of a block, warps): as many values for a thread as its registers hold."""
+    if kernel == "column_sums":
+        return 512, 4
+    if spec.hidden_size >= MATMUL_FROM:
+        return 128, 8 if spec.hidden_size > 32 else 4
+    return 512 if spec.hidden_size <= 4 else 256, 4
 
 
 def unsupported(spec: ElementMlp) -> str | None:
@@ -581,8 +712,8 @@ def width(spec: ElementMlp) -> int:
     return int(triton.next_power_of_2(max(spec.layer_sizes[0][0] + 1, spec.hidden_size)))
 
 
-def constants(spec: ElementMlp, layout: Layout, output: str) -> dict[str, Any]:
-    """Constants that `spec` gives for a layout."""
+def constants(spec: ElementMlp, layout: Layout, output: str, backend: str = "cuda") -> dict[str, Any]:
+    """Constants that `spec` gives for a layout. backend: "cuda" or "hip"."""
     vector = layout.place == "vector"
     names = [(group, k) for group in spec.groups for k in range(spec.group_size(group))]
     columns = [(group, k, i) for i, (group, k) in enumerate(names)][: spec.columns_of(1 if vector else 2)]
@@ -602,6 +733,9 @@ def constants(spec: ElementMlp, layout: Layout, output: str) -> dict[str, Any]:
         "H": spec.hidden_size,
         "LAYERS": spec.hidden_layers,
         "TANH": spec.activation == "tanh",
+        "MATMUL": spec.hidden_size >= MATMUL_FROM,
+        "PRECISION": default_precision(backend),
+        "UNITS": max(int(triton.next_power_of_2(spec.hidden_size)), 16),
         "RMS_EPSILON": spec.epsilons.rms,
         "DIAGONAL_EPSILON": spec.epsilons.diagonal_momentum,
         "WITH_SQUARE": spec.scale == "parameter_rms",

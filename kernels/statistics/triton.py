@@ -8,20 +8,25 @@ import triton
 import triton.language as tl
 from lopt_fast.kernels.common.triton import (
     RECORD,
+    averages_in,
     averages_of,
     block_of,
     field,
+    folded,
+    folds,
     gradient_of,
+    gradient_rule,
     parameter_of,
     place_of,
     tile_of,
+    typed,
 )
 
 BLOCK = (512, 4)  # elements, warps
 MERGE_BLOCK = 64
 INFINITY = tl.constexpr(float("inf"))
 
-# Quantities, in this order: parameter, gradient, momenta, second moments; the absolute gradient, whose mean alone counts.
+# Quantities, in this order: parameter, gradient, momenta, second moments; of the absolute gradient the mean alone.
 
 
 def quantities(momenta: int, second_moments: int) -> int:
@@ -35,22 +40,17 @@ def width(momenta: int, second_moments: int) -> int:
 
 
 @triton.jit
-def _quantities(
-    record, place, rows, columns, rates, numbers,
-    ALIGNED: tl.constexpr, TYPE: tl.constexpr,
-    MOMENTA: tl.constexpr, SECOND_MOMENTS: tl.constexpr, MOVED: tl.constexpr,
-):  # fmt: skip
+def _quantities(arrays, place, rows, columns, rule, MOVED: tl.constexpr):
     """(quantities of a block, mask); running averages after this gradient where MOVED, else as they are."""
+    grad, param, momentum, second_moment = arrays
     offsets, mask = block_of(place, rows, columns, False)
-    g = gradient_of(record, offsets, mask, numbers, TYPE, ALIGNED)
-    x = (parameter_of(record, offsets, mask, TYPE, ALIGNED), g)
+    g = gradient_of(grad, offsets, mask, rule)
+    x = (parameter_of(param, offsets, mask), g)
     # Rates are 0 unless MOVED. A gradient that is not finite must not spoil averages that do not see it.
     new = g if MOVED else tl.zeros(g.shape, tl.float32)
-    x += averages_of(record, offsets, mask, new, rates, MOMENTA, 0, field("momentum"), ALIGNED)
-    x += averages_of(
-        record, offsets, mask, new * new, rates, SECOND_MOMENTS, MOMENTA, field("second_moment"), ALIGNED
-    )
-    return x, mask
+    return x + averages_of(momentum, offsets, mask, new) + averages_of(
+        second_moment, offsets, mask, new * new
+    ), mask
 
 
 @triton.jit
@@ -66,8 +66,14 @@ def spreads(
     COUNT: tl.constexpr = 2 + MOMENTA + SECOND_MOMENTS
 
     # Distances are taken from the mean of the first block, which is near that of the tile.
-    x, mask = _quantities(record, place, begin + tl.arange(0, ROWS), columns, rates, numbers, ALIGNED, TYPE,
-                          MOMENTA, SECOND_MOMENTS, MOVED)  # fmt: skip
+    arrays = (
+        typed(record, field("grad"), TYPE, ALIGNED),
+        typed(record, field("param"), TYPE, ALIGNED),
+        averages_in(record, rates, MOMENTA, 0, field("momentum"), ALIGNED),
+        averages_in(record, rates, SECOND_MOMENTS, MOMENTA, field("second_moment"), ALIGNED),
+    )
+    rule = gradient_rule(numbers)
+    x, mask = _quantities(arrays, place, begin + tl.arange(0, ROWS), columns, rule, MOVED)
     inside = tl.sum(mask.to(tl.float32))
     centres = ()
     distances = ()
@@ -75,23 +81,22 @@ def spreads(
     for k in tl.static_range(COUNT):
         mean = tl.sum(tl.where(mask, x[k], 0.0)) / inside
         centres += (tl.where(tl.abs(mean) < INFINITY, mean, 0.0),)
-        distances += (tl.zeros([ROWS, COLUMNS], tl.float32),)
-        squares += (tl.zeros([ROWS, COLUMNS], tl.float32),)
-    magnitudes = tl.zeros([ROWS, COLUMNS], tl.float32)
-    elements = tl.zeros([ROWS, COLUMNS], tl.float32)
+        distances += (tl.zeros([ROWS, COLUMNS // folds(ALIGNED)], tl.float32),)
+        squares += (tl.zeros([ROWS, COLUMNS // folds(ALIGNED)], tl.float32),)
+    magnitudes = tl.zeros([ROWS, COLUMNS // folds(ALIGNED)], tl.float32)
+    elements = tl.zeros([ROWS, COLUMNS // folds(ALIGNED)], tl.float32)
     for first in range(begin, end, ROWS):
-        x, mask = _quantities(record, place, first + tl.arange(0, ROWS), columns, rates, numbers, ALIGNED, TYPE,
-                              MOMENTA, SECOND_MOMENTS, MOVED)  # fmt: skip
+        x, mask = _quantities(arrays, place, first + tl.arange(0, ROWS), columns, rule, MOVED)
         new_distances = ()
         new_squares = ()
         for k in tl.static_range(COUNT):
             distance = tl.where(mask, x[k] - centres[k], 0.0)
-            new_distances += (distances[k] + distance,)
-            new_squares += (squares[k] + distance * distance,)
+            new_distances += (distances[k] + folded(distance, ALIGNED),)
+            new_squares += (squares[k] + folded(distance * distance, ALIGNED),)
         distances = new_distances
         squares = new_squares
-        magnitudes += tl.abs(x[1])
-        elements += mask.to(tl.float32)
+        magnitudes += folded(tl.abs(x[1]), ALIGNED)
+        elements += folded(mask.to(tl.float32), ALIGNED)
     n = tl.sum(elements)
     to = sums + slot * (2 * WIDTH)
     for k in tl.static_range(COUNT):
@@ -105,7 +110,7 @@ def spreads(
 
 @triton.jit
 def merge(table, sums, totals, COUNT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """totals[operand], (2, WIDTH): means and variances of a tensor from those of its tiles. A program for each record."""
+    """totals[operand], (2, WIDTH): means and variances of a tensor, from those of its tiles. One program each."""
     record = table + tl.program_id(0).to(tl.int64) * RECORD
     begin, count = tl.load(record + field("first_slot")), tl.load(record + field("tiles"))
     elements = tl.load(record + field("elements")).to(tl.float32)

@@ -102,21 +102,30 @@ def compile_instance(
 ) -> Resources:
     """Compile one instance for "sm_<number>" or an AMD target and read its resources from the binary."""
     k = import_module("lopt_fast.kernels.small_fc_lopt.triton")
+    if network.matmul:
+        backend = "cuda" if target.startswith("sm_") else "hip"
+        network = k.Network(**{**asdict(network), "precision": k.default_precision(backend)})
+    constants, options = k.instance(kernel, layout, network)
+    return compile_kernel(k.KERNELS[kernel], name, constants | more, options, _TYPES, target)
+
+
+def compile_kernel(
+    function: Any,
+    name: str,
+    constants: dict[str, Any],
+    options: dict[str, Any],
+    types: dict[str, str],
+    target: str,
+) -> Resources:
+    """Compile a kernel with these constants for a target; `types` of arguments that are not addresses of float32."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    nvidia = target.startswith("sm_")
-    if network.matmul:
-        network = k.Network(
-            **{**asdict(network), "precision": k.default_precision("cuda" if nvidia else "hip")}
-        )
-    constants, options = k.instance(kernel, layout, network)
-    constants |= more
-    function = k.KERNELS[kernel]
+    nvidia, kernel = target.startswith("sm_"), function.__name__
     names = function.arg_names
     signature = {
-        n: "constexpr" if n in constants else "i64" if re.fullmatch(r"a\d", n) else _TYPES.get(n, "*fp32")
+        n: "constexpr" if n in constants else "i64" if re.fullmatch(r"a\d", n) else types.get(n, "*fp32")
         for n in names
     }
     source = ASTSource(

@@ -307,7 +307,7 @@ class ArchitecturePlan:
         }  # a new array may be an old one of another name
         with _no_autocast(level.device.type):
             update = architecture.step(
-                implementation(self._backend), self._model.theta, tensors, rows, shared, inputs
+                implementation(self._backend, found_inf), self._model.theta, tensors, rows, shared, inputs
             )
         targets, values = self._written(update.outputs, update.states, update.rows, update.shared)
         targets.append(self._step)
@@ -324,7 +324,7 @@ class ArchitecturePlan:
     def _operand(self, member: _Member, a: torch.Tensor) -> torch.Tensor:
         """`a`, or a copy: in the type that is computed in, for kernels dense in the memory order of the parameter."""
         _, _, p, home = member.planned
-        if self._backend == "cpu" and a.stride() != member.strides:
+        if self._backend != "reference" and a.stride() != member.strides:
             return torch.empty_strided(p.shape, member.strides, dtype=p.dtype, device=p.device).copy_(a)
         return a if a.dtype == home.sums else a.to(home.sums)
 

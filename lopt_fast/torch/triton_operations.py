@@ -1,0 +1,668 @@
+"""`Operations` of the Triton kernels (kernels/*/triton.py), in place: on PyTorch's tensors on one NVIDIA or AMD GPU.
+
+Each operation is a handful of launches on the current stream, each over all tensors that lie in memory in the same way,
+and a few of PyTorch's own where numbers for each tensor are combined. The host waits for nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ..layout import Loops
+from ..native import Placement
+from ..operations import AdamScalars, Decays, ElementMlp, ModelTensors, Reference, Result, Statistics, Weights
+from ..operations.adam import ADAM_AVERAGES
+from ..reference import Array, TensorState
+from ..spec import Accumulates
+from .triton import available, interpreted
+
+_ALIGNMENT = 16  # bytes
+_STATE = ("momentum", "second_moment", "factored_row", "factored_column")
+
+
+@cache
+def _common() -> Any:
+    return import_module("lopt_fast.kernels.common.triton")
+
+
+@cache
+def _kernels(operation: str) -> Any:
+    return import_module(f"lopt_fast.kernels.{operation}.triton")
+
+
+def unsupported(spec: ElementMlp) -> str | None:
+    """None, or the reason why the kernels cannot compute this specification for any tensor."""
+    reason: str | None = _kernels("element_mlp").unsupported(spec)
+    return reason
+
+
+def refusal(
+    p: torch.Tensor, g: torch.Tensor, state: TensorState, accumulates: Accumulates, by_matrix: bool = False
+) -> str | None:
+    """None, or the reason why the kernels cannot take this tensor.
+
+    accumulates: the averages that the operation reads. by_matrix: columns are normalised over the last two axes alone.
+    """
+    found = _entry(p, g, state, _Counts.of(accumulates), by_matrix, p.device)
+    return found if isinstance(found, str) else None
+
+
+class TritonOperations:
+    """The operations (`lopt_fast.operations.Operations`) on PyTorch's tensors on one GPU.
+
+    States are written in place and returned; so are parameters with `ModelTensors.apply`, else outputs are new tensors.
+    Parameters and gradients are float32, bfloat16 or float16; states, and all arithmetic, float32. A tensor that the
+    kernels refuse (`refusal`) goes through the definitions and is copied into place.
+
+    found_inf: float32 on the device, one element; where it is not 0 nothing is written, and what is returned besides
+    parameters and states has no meaning. None: always written.
+
+    Results are the same bits in every run on the same device.
+
+    Raises RuntimeError where the kernels cannot run, ValueError for arrays that do not fit; nothing has been written
+    then.
+    """
+
+    def __init__(self, found_inf: torch.Tensor | None = None) -> None:
+        if reason := available():
+            raise RuntimeError(f"the Triton kernels cannot run: {reason}")
+        self._found_inf = None if found_inf is None else found_inf.reshape(1).to(torch.float32)
+
+    def statistics(
+        self,
+        accumulates: Accumulates,
+        tensors: ModelTensors,
+        decays: Decays | None,
+        gradient_clip: Array | float | None = None,
+    ) -> Statistics:
+        k, counts = _kernels("statistics"), _Counts(accumulates.momenta, accumulates.second_moments, 0)
+        if decays is not None:
+            _check_decays(decays, counts)
+        call = _Call(tensors, counts, gradient_clip, flat=True)
+        dtype = torch.float32
+        for p in tensors.params:
+            dtype = torch.promote_types(dtype, p.dtype)
+        columns = _statistics_columns(counts)
+        rows = torch.empty((len(tensors), columns[-1].stop), dtype=dtype, device=call.device)
+        if call.refused:
+            some = Reference.statistics(
+                accumulates, _for_definitions(tensors, call.refused), decays, gradient_clip
+            )
+            for values, column in zip(some, columns, strict=True):
+                rows[call.refused, column] = values.reshape(len(call.refused), -1).to(dtype)
+        if call.taken:
+            width, count = k.width(*counts[:2]), k.quantities(*counts[:2])
+            rates = call.zeros(sum(counts)) if decays is None else _rates(decays, counts)
+            constants = {"MOMENTA": counts[0], "SECOND_MOMENTS": counts[1], "MOVED": decays is not None,
+                         "COUNT": count, "WIDTH": width}  # fmt: skip
+            sums, totals = call.empty(call.plan.slots * 2 * width), call.empty(len(call.taken), 2, width)
+            with _guard(call.device):
+                call.over_tiles(k.spreads, k.BLOCK, constants, sums, rates, call.numbers)
+                call.over_tensors(k.merge, {**constants, "BLOCK": k.MERGE_BLOCK}, sums, totals)
+            mean, variance = totals[:, 0, :], totals[:, 1, :]
+            momenta, second = slice(2, 2 + counts[0]), slice(2 + counts[0], count)
+            found = torch.cat(
+                [mean[:, :1], variance[:, :1], mean[:, 1:2], variance[:, 1:2], mean[:, count : count + 1],
+                 mean[:, momenta], variance[:, momenta], mean[:, second], variance[:, second]], dim=1
+            )  # fmt: skip
+            if not call.refused:
+                rows = found.to(dtype)
+            else:
+                rows[call.taken] = found.to(dtype)
+        alone = [rows[:, column.start] for column in columns[:5]]
+        return Statistics(*alone, *(rows[:, column] for column in columns[5:]))
+
+    def element_mlp(
+        self,
+        spec: ElementMlp,
+        tensors: ModelTensors,
+        decays: Decays,
+        weights: Weights,
+        multiplier: Array | None = None,
+        gradient_clip: Array | float | None = None,
+        steps_only: bool = False,
+    ) -> Result:
+        counts = _Counts.of(spec)
+        _check_decays(decays, counts)
+        _check_weights(spec, len(tensors), weights, multiplier)
+        outputs, mode = _outputs(tensors, steps_only)
+        call = _Call(tensors, counts, gradient_clip, outputs, spec.normalise_over == "matrix",
+                     flat=not spec.factored_moments, refuse_all=unsupported(spec) is not None)  # fmt: skip
+        messages = torch.empty((len(tensors), spec.messages), dtype=torch.float32, device=call.device)
+        if call.refused:
+            result = Reference.element_mlp(
+                spec, _for_definitions(tensors, call.refused), decays, _some_weights(weights, call.refused),
+                None if multiplier is None else multiplier[call.refused], gradient_clip, steps_only,
+            )  # fmt: skip
+        if call.taken:
+            if call.refused:
+                weights = _some_weights(weights, call.taken)
+                multiplier = None if multiplier is None else multiplier[call.taken]
+            hidden = self._network_passes(spec, call, mode, _rates(decays, counts), weights, multiplier)
+            if spec.messages:
+                w, b = weights.w[-1][..., 2 : 2 + spec.messages], weights.b[-1][..., 2 : 2 + spec.messages]
+                found = (hidden[:, :, None] * w.float()).sum(1) + b.float()
+                messages[call.taken if call.refused else slice(None)] = found
+        if call.refused:
+            if result.messages is not None:
+                messages[call.refused] = result.messages.to(messages.dtype)
+            self._place(call, result, outputs)
+        _tell_autograd(tensors, mode)
+        return Result(outputs, tensors.states, messages if spec.messages else None)
+
+    def _network_passes(
+        self,
+        spec: ElementMlp,
+        call: _Call,
+        mode: str,
+        rates: torch.Tensor,
+        weights: Weights,
+        multiplier: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """All launches of `element_mlp`; returns the means of the last hidden units, (tensors, hidden), if wanted."""
+        k, plan = _kernels("element_mlp"), call.plan
+        width, count = k.width(spec), len(call.taken)
+        sums, totals = call.empty(plan.slots * width), call.empty(count, width)
+
+        def constants(layout: Any) -> dict[str, Any]:
+            found: dict[str, Any] = k.constants(spec, layout, mode, "hip" if torch.version.hip else "cuda")
+            return found
+
+        adding = {"WIDTH": width, "BLOCK": _common().ADD_TILES_BLOCK}
+        with _guard(call.device):
+            if plan.pieces is not None:
+                call.over_tiles(k.factor_sums, k.FACTOR_BLOCK, constants, call.numbers)
+                moving = {"FIRST_RATE": spec.momenta + spec.second_moments, "TILES": k.MOVE_TILES,
+                          "FACTORED_MOMENTS": spec.factored_moments, "ENTRIES": k.MOVE_ENTRIES}  # fmt: skip
+                call.launch(
+                    k.move_factored, len(plan.pieces), moving, plan.pieces, rates, self._stop(call.device)
+                )
+            call.over_tiles(k.column_sums, k.block(spec, "column_sums"), constants, sums, rates, call.numbers)
+            call.over_tensors(_common().add_tiles, adding, sums, totals)
+            networks = _folded(spec, weights, totals / plan.elements[:, None], plan.elements, multiplier)
+            call.over_tiles(
+                k.apply, k.block(spec, "apply"), constants,
+                sums, rates, call.numbers, networks, self._stop(call.device),
+            )  # fmt: skip
+            if spec.messages:
+                call.over_tensors(_common().add_tiles, adding, sums, totals)
+        return totals[:, : spec.hidden_size] / plan.elements[:, None]
+
+    def adam(
+        self, tensors: ModelTensors, scalars: AdamScalars, gradient_clip: Array | float | None = None
+    ) -> Result:
+        for name, x in zip(scalars._fields, scalars, strict=True):
+            if tuple(x.shape) != (len(tensors),):
+                raise ValueError(f"scalars.{name} has shape {tuple(x.shape)}, expected ({len(tensors)},)")
+        outputs, mode = _outputs(tensors)
+        call = _Call(tensors, _Counts.of(ADAM_AVERAGES), gradient_clip, outputs, flat=True)
+        if call.refused:
+            some = AdamScalars(*(x[call.refused] for x in scalars))
+            result = Reference.adam(_for_definitions(tensors, call.refused), some, gradient_clip)
+        if call.taken:
+            k = _kernels("adam")
+            numbers = torch.stack([x.float() for x in scalars], dim=1)
+            numbers = numbers[call.taken] if call.refused else numbers
+            with _guard(call.device):
+                call.over_tiles(
+                    k.adam, k.BLOCK, {"OUTPUT": mode}, numbers, call.numbers, self._stop(call.device)
+                )
+        if call.refused:
+            self._place(call, result, outputs)
+        _tell_autograd(tensors, mode)
+        return Result(outputs, tensors.states)
+
+    def _stop(self, where: torch.device) -> torch.Tensor:
+        return torch.zeros(1, device=where) if self._found_inf is None else self._found_inf
+
+    def _place(self, call: _Call, result: Result, outputs: Sequence[torch.Tensor]) -> None:
+        """Copies what the definitions gave for the refused tensors to where the kernels would have written it."""
+        for i, output, state in zip(call.refused, result.outputs, result.states, strict=True):
+            pairs = [(outputs[i], output), *zip(call.tensors.states[i], state, strict=True)]
+            for to, values in pairs:
+                if self._found_inf is not None:
+                    values = torch.where(self._found_inf.reshape(()) != 0.0, to, values.to(to.dtype))
+                to.detach().copy_(values)
+
+
+# ---- the tensors of a call ----
+
+
+class _Counts(NamedTuple):
+    """How many running averages of each kind an operation reads (`Accumulates`)."""
+
+    momenta: int
+    second_moments: int
+    factored_moments: int
+
+    @classmethod
+    def of(cls, accumulates: Accumulates) -> _Counts:
+        return cls(accumulates.momenta, accumulates.second_moments, accumulates.factored_moments)
+
+
+class _Tensor(NamedTuple):
+    """How a tensor that the kernels take lies in memory."""
+
+    loops: Loops
+    dtype: str
+    aligned: bool
+    """All addresses and distances of averages are multiples of 16 bytes."""
+
+
+class _Call:
+    """The tensors of one call: those that the kernels take, in a table on the device, and the others."""
+
+    def __init__(
+        self,
+        tensors: ModelTensors,
+        counts: _Counts,
+        gradient_clip: Array | float | None,
+        outputs: Sequence[torch.Tensor] | None = None,
+        by_matrix: bool = False,
+        flat: bool = False,
+        refuse_all: bool = False,
+    ) -> None:
+        """flat: elements are taken in their order in memory, whatever the shape."""
+        if not len(tensors):
+            raise ValueError("there are no tensors")
+        self.tensors, self.device = tensors, tensors.params[0].device
+        self.taken: list[int] = []
+        self.refused: list[int] = []
+        kept: list[_Tensor] = []
+        rows: list[list[int]] = []
+        for i, (p, g, state) in enumerate(zip(tensors.params, tensors.grads, tensors.states, strict=True)):
+            entry = "" if refuse_all else _entry(p, g, state, counts, by_matrix, self.device)
+            if isinstance(entry, str):
+                self.refused.append(i)
+                continue
+            tensor, row = entry
+            if outputs is not None:
+                row[_OUTPUT] = outputs[i].data_ptr()
+                tensor = tensor if row[_OUTPUT] % _ALIGNMENT == 0 else tensor._replace(aligned=False)
+            self.taken.append(i)
+            kept.append(tensor)
+            rows.append(row)
+        if not self.taken:
+            return
+        self.plan = plan = _plan(self.device, tuple(kept), flat)
+        self.numbers, places = _numbers(tensors, self.taken, gradient_clip, self.device)
+        scratch = self.empty(plan.scratch_size)
+        # Stays until the launches that read it are enqueued: memory is then reused in the order of the stream.
+        self._scratch = scratch
+        table = plan.table.copy()
+        table[:, : len(_common().OF_CALL)] = [[*row, *pair] for row, pair in zip(rows, places, strict=True)]
+        columns = [plan.fields[name] for name in ("x_sums", "y_sums", "means")]
+        table[:, columns] = scratch.data_ptr() + 4 * table[:, columns]
+        self.table = _upload(torch.from_numpy(table), self.device)
+
+    def empty(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
+
+    def zeros(self, *shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.float32, device=self.device)
+
+    def over_tiles(self, kernel: Any, block: tuple[int, int], constants: Any, *arguments: Any) -> None:
+        """Launches over the tiles of each layout that the kernel has work for. block: its elements, and warps.
+        constants: a dict, or what gives one for a layout."""
+        for layout, tiles in self.plan.tiles.items():
+            if (
+                layout.place == "vector"
+                and "FACTORED" not in kernel.arg_names
+                and "GATHER" in kernel.arg_names
+            ):
+                continue  # for factored tensors alone
+            more = constants(layout) if callable(constants) else constants
+            self.launch(
+                kernel, len(tiles), layout.constants(block[0]) | more, tiles, *arguments, warps=block[1]
+            )
+
+    def over_tensors(self, kernel: Any, constants: dict[str, Any], *arguments: Any) -> None:
+        """Launches a program for each tensor."""
+        self.launch(kernel, len(self.taken), constants, *arguments)
+
+    def launch(
+        self, kernel: Any, programs: int, constants: dict[str, Any], *arguments: Any, warps: int = 4
+    ) -> None:
+        if programs:
+            chosen, options = _common().launched(kernel, constants, warps)
+            kernel[(programs,)](self.table, *arguments, **chosen, **options)
+
+
+_OUTPUT = 2
+"""Place of the output's address in a record."""
+
+
+def _entry(
+    p: torch.Tensor,
+    g: torch.Tensor,
+    state: TensorState,
+    counts: _Counts,
+    by_matrix: bool,
+    where: torch.device,
+) -> tuple[_Tensor, list[int]] | str:
+    """(how it lies, OF_CALL without an output and numbers), or why the kernels do not take it."""
+    found = _accepted(_lies(p), _lies(g), tuple(map(_lies, state[:4])), counts, by_matrix, where)
+    if isinstance(found, str):
+        return found
+    m, v, x, y = state[:4]
+    if not found.loops.x_is_row:
+        x, y = y, x
+    row = [p.data_ptr(), g.data_ptr(), 0]
+    for a in (m, v, x, y):
+        row += (a.data_ptr(), a.stride(0))
+    wide = row[0] | row[1] | row[3] | row[5] | (0 if found.loops.factored else row[7])
+    return (found if wide % _ALIGNMENT == 0 else found._replace(aligned=False)), row
+
+
+class _Lies(NamedTuple):
+    """How an array lies in memory, but for where."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    problem: str | None
+
+
+def _lies(a: torch.Tensor) -> _Lies:
+    if a.layout is not torch.strided:
+        return _Lies(tuple(a.shape), (), a.dtype, a.device, f"a tensor has layout {a.layout}")
+    return _Lies(a.shape, a.stride(), a.dtype, a.device, "a tensor is lazily negated" if a.is_neg() else None)
+
+
+@lru_cache(maxsize=8192)
+def _accepted(
+    p: _Lies, g: _Lies, state: tuple[_Lies, ...], counts: _Counts, by_matrix: bool, where: torch.device
+) -> _Tensor | str:
+    """How a tensor lies that the kernels take if addresses are aligned, or why they do not take it."""
+    if where.type != "cuda" and not interpreted():
+        return f"the kernels run on a GPU, the tensor is on {where}"
+    if reason := _not_on(p, where) or _not_on(g, where):
+        return reason
+    dtype = str(p.dtype).removeprefix("torch.")
+    if dtype not in _common().TYPES:
+        return f"the kernels take {', '.join(_common().TYPES)}, not {dtype}"
+    if by_matrix and len(p.shape) > 2:
+        return "normalisers for each matrix of a stack"
+    placement = Placement.of(p.shape, p.strides, on_gpu=True)
+    loops = placement.loops
+    if placement.strides_of_view(p.strides) is not None:
+        return "the parameter has gaps in memory"
+    if g.dtype != p.dtype or g.shape != p.shape or placement.strides_of_view(g.strides) is not None:
+        return "the gradient does not lie in memory as the parameter, in its type"
+    layouts, aligned = placement.state_layouts(counts), True
+    for name, a in zip(_STATE, state, strict=True):
+        if name not in layouts:
+            continue
+        shape, strides = layouts[name]
+        if reason := _not_on(a, where):
+            return f"{name}: {reason}"
+        if a.dtype != torch.float32 or a.shape != shape:
+            return f"{name} is {a.dtype} {tuple(a.shape)}, the kernels take float32 {shape}"
+        if any(n > 1 and s != t for n, s, t in zip(shape[1:], a.strides[1:], strides[1:], strict=True)):
+            return f"{name} does not lie in memory as the parameter"
+        if shape[0] > 1 and a.strides[0] < math.prod(shape[1:]):
+            return f"the averages of {name} overlap"
+        if name in ("momentum", "second_moment") or not loops.factored:
+            aligned = aligned and (shape[0] == 1 or a.strides[0] % 8 == 0)
+    return _Tensor(loops, dtype, aligned)
+
+
+def _not_on(a: _Lies, where: torch.device) -> str | None:
+    if a.device != where:
+        return f"a tensor is on {a.device}, the first one on {where}"
+    return a.problem
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What stays equal from step to step for some tensors."""
+
+    fields: dict[str, int]
+    table: np.ndarray
+    """(tensors, fields) without addresses; places in scratch memory, in floats."""
+    tiles: dict[Any, torch.Tensor]
+    """Of each `Layout`: (tiles, TILE_FIELDS)."""
+    slots: int
+    scratch_size: int
+    pieces: torch.Tensor | None
+    """(pieces, MOVE_FIELDS), see `move_factored`; None where there are no factored moments."""
+    elements: torch.Tensor
+    """(tensors,)"""
+
+
+@lru_cache(maxsize=32)
+def _plan(device: torch.device, tensors: tuple[_Tensor, ...], flat: bool) -> _Plan:
+    c = _common()
+    fields = {name: i for i, name in enumerate(c.FIELDS)}
+    table = np.zeros((len(tensors), len(fields)), np.int64)
+    tiles: dict[Any, list[np.ndarray]] = {}
+    pieces: list[np.ndarray] = []
+    slots = scratch = 0
+    for i, tensor in enumerate(tensors):
+        loops = tensor.loops
+        if flat:
+            loops = Loops(1, 1, 1, loops.size, 1, True, False)
+        factored, n = loops.factored, loops.size
+        run = loops.y * loops.batch2
+        columns = c.layout_columns(run)
+        groups, x = loops.batch0 * loops.batch1, loops.x
+        if not factored:
+            x, run = -(-n // columns), columns
+        rows = c.rows_per_tile(n, columns)
+        x_tiles, run_tiles = -(-x // rows), -(-run // columns)
+        count = groups * x_tiles * run_tiles if n else 0
+        row: dict[str, int] = {
+            "operand": i, "elements": n, "batch0": loops.batch0, "x": x, "batch1": loops.batch1, "run": run,
+            "batch2": loops.batch2, "rows_per_tile": rows, "x_tiles": x_tiles, "run_tiles": run_tiles,
+            "first_slot": slots, "tiles": count,
+        }  # fmt: skip
+        if factored and n:
+            row["x_size"] = loops.batch0 * loops.x * loops.batch1 * loops.batch2
+            row["y_size"] = groups * run
+            batches = groups * loops.batch2
+            # Room for the means of as many factored moments as an operation may have.
+            for name, size in (("x_sums", run_tiles * row["x_size"]), ("y_sums", x_tiles * row["y_size"]),
+                               ("means", _kernels("element_mlp").MOST_FACTORED * batches)):  # fmt: skip
+                row[name] = scratch
+                scratch += size
+            pieces += _pieces(i, loops)
+        for name, value in row.items():
+            table[i, fields[name]] = value
+        if n:
+            place = "vector" if not factored else "matrix" if loops.batch2 == 1 else "gathered"
+            layout = c.Layout(
+                place=place, x_is_row=loops.x_is_row, columns=columns, dtype=tensor.dtype,
+                aligned=tensor.aligned and (run if factored else n) % 8 == 0,
+            )  # fmt: skip
+            grid = np.indices((groups, x_tiles, run_tiles)).reshape(3, -1)
+            slot = slots + np.arange(count)
+            tiles.setdefault(layout, []).append(np.stack([np.full_like(slot, i), slot, *grid], axis=1))
+        slots += count
+    return _Plan(
+        fields=fields,
+        table=table,
+        tiles={
+            layout: torch.from_numpy(np.concatenate(maps).astype(np.int32)).to(device)
+            for layout, maps in tiles.items()
+        },
+        slots=slots,
+        scratch_size=scratch,
+        pieces=torch.from_numpy(np.concatenate(pieces)).to(device) if pieces else None,
+        elements=torch.tensor([t.loops.size for t in tensors], dtype=torch.float32).to(device),
+    )
+
+
+_COLUMN_PIECE = 1024
+"""Entries of a column accumulator that one program moves on."""
+
+
+def _pieces(tensor: int, loops: Loops) -> list[np.ndarray]:
+    """Of both accumulators of a factored tensor: (pieces, MOVE_FIELDS), see `move_factored`."""
+    axes = (
+        (1, loops.batch0, loops.x, loops.batch1 * loops.batch2, loops.x_is_row),
+        (0, loops.batch0 * loops.batch1, loops.y, loops.batch2, not loops.x_is_row),
+    )
+    found = []
+    for along_x, outer, length, inner, is_row in axes:
+        if is_row:
+            o, i = np.indices((outer, inner)).reshape(2, -1)
+            first, batch = o * length * inner + i, o * inner + i
+            stride, count = np.full_like(first, inner), np.full_like(first, length)
+        else:
+            size = outer * length * inner
+            first = np.arange(0, size, _COLUMN_PIECE)
+            stride, batch = np.ones_like(first), np.full_like(first, -1)
+            count = np.minimum(size - first, _COLUMN_PIECE)
+        same = np.ones_like(first)
+        found.append(np.stack([tensor * same, along_x * same, first, stride, count, batch], axis=1))
+    return found
+
+
+# ---- numbers ----
+
+
+def _numbers(
+    tensors: ModelTensors, taken: Sequence[int], gradient_clip: Array | float | None, where: torch.device
+) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+    """(scale and bound of gradients, then learning rates and weight decays, on the device; places of each tensor's)."""
+    values: list[Any] = [tensors.grad_scale, math.inf if gradient_clip is None else gradient_clip]
+    seen: dict[Any, int] = {}
+
+    def place(value: Any) -> int:
+        key = id(value) if isinstance(value, torch.Tensor) else float(value)
+        if (is_new := (type(key), key)) not in seen:
+            seen[is_new] = len(values)
+            values.append(value)
+        return seen[is_new]
+
+    places = [(place(tensors.lr[i]), place(tensors.weight_decay[i])) for i in taken]
+    on_device = [isinstance(v, torch.Tensor) and v.device == where for v in values]
+    host = [0.0 if there else float(v) for v, there in zip(values, on_device, strict=True)]
+    found = _upload(torch.tensor(host, dtype=torch.float32), where)
+    if any(on_device):
+        found = torch.stack(
+            [v.detach().reshape(()).float() if there else f
+             for v, there, f in zip(values, on_device, found.unbind(), strict=True)]
+        )  # fmt: skip
+    return found, places
+
+
+def _upload(a: torch.Tensor, where: torch.device) -> torch.Tensor:
+    """`a` on the device; the host does not wait."""
+    return a.pin_memory().to(where, non_blocking=True) if where.type == "cuda" else a.to(where)
+
+
+def _rates(decays: Decays, counts: _Counts) -> torch.Tensor:
+    """1 - decay of the averages that an operation reads: momenta, second moments, factored moments."""
+    parts = [x.reshape(-1).float() for x, count in zip(decays, counts, strict=True) if count]
+    return torch.cat(parts) if parts else torch.zeros(0)
+
+
+def _check_decays(decays: Decays, counts: _Counts) -> None:
+    for name, values, count in zip(decays._fields, decays, counts, strict=True):
+        if count and values.numel() != count:
+            raise ValueError(f"decays.{name} has {values.numel()} numbers, expected {count}")
+
+
+def _check_weights(spec: ElementMlp, tensors: int, weights: Weights, multiplier: torch.Tensor | None) -> None:
+    layers = spec.layer_sizes
+    if len(weights.w) != len(layers) or len(weights.b) != len(layers):
+        raise ValueError(f"{len(weights.w)} weights and {len(weights.b)} biases for {len(layers)} layers")
+    for i, (n_in, n_out) in enumerate(layers):
+        # The last layer may have outputs that nothing reads.
+        for name, a, shape in ((f"w[{i}]", weights.w[i], (n_in, n_out)), (f"b[{i}]", weights.b[i], (n_out,))):
+            found = tuple(a.shape)
+            of_tensors, layer = found[: len(found) - len(shape)], found[len(found) - len(shape) :]
+            last = i == len(layers) - 1
+            fits = layer[:-1] == shape[:-1] and (layer[-1:] >= shape[-1:] if last else layer == shape)
+            if of_tensors not in ((), (tensors,)) or len(layer) != len(shape) or not fits:
+                raise ValueError(f"weights.{name} has shape {found}, expected {shape} or {(tensors, *shape)}")
+    if multiplier is not None and tuple(multiplier.shape) != (tensors,):
+        raise ValueError(f"multiplier has shape {tuple(multiplier.shape)}, expected ({tensors},)")
+
+
+def _some_weights(weights: Weights, indices: list[int]) -> Weights:
+    """Those of some tensors."""
+    return Weights(
+        tuple(w[indices] if w.ndim == 3 else w for w in weights.w),
+        tuple(b[indices] if b.ndim == 2 else b for b in weights.b),
+    )
+
+
+def _folded(
+    spec: ElementMlp,
+    weights: Weights,
+    mean_squares: torch.Tensor,
+    elements: torch.Tensor,
+    multiplier: torch.Tensor | None,
+) -> torch.Tensor:
+    """(tensors, size): the networks as `apply` takes them (`network_at`): normalisers in the first layer, all that
+    multiplies the step in the direction's weights. mean_squares: of the columns, then of the parameter."""
+    count, inputs = len(elements), spec.layer_sizes[0][0]
+    scales = torch.rsqrt(mean_squares[:, :inputs] + spec.epsilons.normaliser)
+    w = [a.float() for a in weights.w]
+    b = [a.float() for a in weights.b]
+    direction = torch.full_like(elements, spec.step_mult)
+    if spec.scale == "parameter_rms":
+        scale = torch.sqrt(mean_squares[:, inputs] + spec.scale_epsilon)
+        if spec.scale_cap is not None:
+            scale = torch.minimum(scale, spec.scale_cap * torch.sqrt(elements))
+        direction = direction * scale
+    if multiplier is not None:
+        direction = direction * multiplier.float()
+    magnitude = torch.full_like(direction, spec.exp_mult * _kernels("element_mlp").LOG2E)
+    factors = torch.stack([direction, magnitude], dim=-1)
+    w[0] = w[0] * scales[:, :, None]
+    w[-1] = w[-1][..., :2] * factors[:, None, :]
+    b[-1] = b[-1][..., :2] * factors
+    parts = []
+    for i in range(len(w)):
+        parts += [w[i].expand(count, *w[i].shape[-2:]).reshape(count, -1), b[i].expand(count, b[i].shape[-1])]
+    return torch.cat(parts, dim=1)
+
+
+def _statistics_columns(counts: _Counts) -> list[slice]:
+    """Of each field of `Statistics`, its columns among all."""
+    sizes = [1, 1, 1, 1, 1, counts[0], counts[0], counts[1], counts[1]]
+    ends = np.cumsum(sizes).tolist()
+    return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+
+# ---- what the definitions take, and outputs ----
+
+
+def _for_definitions(tensors: ModelTensors, indices: list[int]) -> ModelTensors:
+    """Some tensors, in float32 where they are in 16 bits."""
+
+    def wide(a: torch.Tensor) -> torch.Tensor:
+        return a.detach().float() if a.dtype.itemsize == 2 else a.detach()
+
+    some = tensors.select(indices)
+    return replace(some, params=[wide(p) for p in some.params], grads=[wide(g) for g in some.grads])
+
+
+def _outputs(tensors: ModelTensors, steps_only: bool = False) -> tuple[list[torch.Tensor], str]:
+    """Where results go, and what they are (OUTPUT)."""
+    if tensors.apply and not steps_only:
+        return list(tensors.params), "parameter"
+    return [torch.empty_like(p) for p in tensors.params], "step" if steps_only else "delta"
+
+
+def _tell_autograd(tensors: ModelTensors, mode: str) -> None:
+    """That the parameters have changed."""
+    if mode == "parameter":
+        torch.autograd.graph.increment_version(tensors.params)
+
+
+def _guard(where: torch.device) -> Any:
+    return torch.cuda.device(where) if where.type == "cuda" else nullcontext()
