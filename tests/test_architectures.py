@@ -1,4 +1,4 @@
-"""Architectures in float64 against trajectories of the published implementations."""
+"""The architecture that docs/architectures.md shows. Published trajectories are replayed in test_verify.py."""
 
 from __future__ import annotations
 
@@ -6,53 +6,11 @@ import importlib
 import re
 from pathlib import Path
 
-import golden
 import numpy as np
 import pytest
 
 from lopt_fast import checkpoint
 from lopt_fast.architectures import ARCHITECTURES
-
-
-@pytest.mark.parametrize("path", golden.files("celo"))
-def test_celo(path: Path) -> None:
-    assert golden.largest_error(path) <= 1e-9
-
-
-@pytest.mark.parametrize("path", golden.files("mlp"))
-def test_fc_lopt(path: Path) -> None:
-    assert golden.largest_error(path) <= 1e-9
-
-
-@pytest.mark.parametrize("path", golden.files("rnn"))
-def test_rnn_fc_lopt(path: Path) -> None:
-    """One of the files has validation losses."""
-    assert golden.largest_error(path) <= 1e-9
-
-
-@pytest.mark.parametrize("path", golden.files("nnadam"))
-def test_nn_adam(path: Path) -> None:
-    assert golden.largest_error(path) <= 1e-9
-
-
-@pytest.mark.parametrize("path", golden.files("celo2", "celo2_optax"))
-def test_celo2(path: Path) -> None:
-    assert golden.largest_error(path) <= 1e-9
-
-
-@pytest.mark.parametrize("path", golden.files("nadamw"))
-def test_nadamw(path: Path) -> None:
-    assert golden.largest_error(path) <= 1e-9
-
-
-@pytest.mark.parametrize("path", golden.files("velo"))
-def test_velo(path: Path) -> None:
-    assert golden.largest_error(path) <= 1e-9
-
-
-@pytest.mark.parametrize("path", golden.files("celo_adam"))
-def test_celo_adam(path: Path) -> None:
-    assert golden.largest_error(path) <= 1e-9
 
 
 def test_the_documented_architecture(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
