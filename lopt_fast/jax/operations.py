@@ -328,7 +328,7 @@ def _integers(rows: Iterable[Iterable[int]]) -> np.ndarray[Any, Any]:
 
 def _real(number: Any) -> Array:
     """In the widest type, as the kernels compute with such numbers in float64."""
-    return jnp.asarray(number, jax.dtypes.canonicalize_dtype(np.float64))
+    return jnp.asarray(number, jnp.result_type(float))
 
 
 def _vector(numbers: Sequence[Array | float]) -> Array:
