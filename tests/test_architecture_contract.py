@@ -254,6 +254,9 @@ def test_state_keeps_its_shapes_and_types(kind: type[Architecture]) -> None:
     assert all(a.shape[0] == len(params) for a in rows.values())
     for state, new in zip(tensors.states, update.states, strict=True):
         assert layout(new._asdict()) == layout(state._asdict())
+    # State is written to: it shares no memory with theta, nor with constants that are kept.
+    kept = {name: a.clone() for name, a in shared.items()}
     for a in [*rows.values(), *shared.values()]:
         a.fill_(7.0)
     assert all(torch.equal(a, before[name]) for name, a in theta.items())
+    assert all(torch.equal(a, kept[name]) for name, a in architecture.init_shared(theta).items())

@@ -26,7 +26,7 @@ from ..reference import LOG_EPSILON, Array
 from ..spec import TIMESCALES, Accumulates, SpecError
 from .base import Architecture, Arrays, Inputs, Theta
 from .checks import check_decays, check_numbers, check_sizes
-from .networks import constant, init_mlp, linear, log_magnitude
+from .networks import constant, init_mlp, linear, log_magnitude, new
 
 GROUPS = ("g", "p", "log_abs_p", "m", "rms", "m_rsqrt_rms", "rsqrt_rms")
 """Of the columns, in the order of w0."""
@@ -136,11 +136,9 @@ class ConditionedMlp(Architecture):
 
     def init_shared(self, theta: Theta) -> Arrays:
         sums = ("train_loss_mean", "train_loss_variance", "valid_loss_mean", "valid_losses")
-        return {
-            # Average of the gradient's size, which starts as if it had seen 1 once.
-            "gradient_scale": constant(1.0 - CLIP_DECAY, theta["w0"]),
-            **{name: constant(0.0, theta["w0"]) for name in sums},
-        }
+        # Average of the gradient's size, which starts as if it had seen 1 once.
+        first = {"gradient_scale": 1.0 - CLIP_DECAY} | dict.fromkeys(sums, 0.0)
+        return {name: new(value, theta["w0"]) for name, value in first.items()}
 
     def observe_validation(self, theta: Theta, shared: Arrays, loss: Array) -> Arrays:
         """Also moves the MLP's clock on by one, as a step does."""

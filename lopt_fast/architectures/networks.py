@@ -10,6 +10,7 @@ import numpy as np
 from array_api_compat import array_namespace, device
 
 from ..operations.constants import constant as constant
+from ..operations.constants import new as new
 from ..reference import Array
 
 
@@ -104,7 +105,7 @@ class LossHistory(NamedTuple):
 
     @classmethod
     def empty(cls, like: Array) -> LossHistory:
-        return cls(constant([0.0] * 10, like), constant([999999999999.0] * 10, like))
+        return cls(new([0.0] * 10, like), new([999999999999.0] * 10, like))
 
     def add(self, loss: Array, t: Array, num_steps: Array | float) -> tuple[LossHistory, Array]:
         """(history with the loss of step t, (9,) features): how the loss of each time scale stands to the next longer.

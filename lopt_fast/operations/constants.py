@@ -24,6 +24,11 @@ def constant(values: Any, like: Array) -> Array:
     return array_namespace(like).asarray(numbers.tolist(), dtype=like.dtype, device=device(like))
 
 
+def new(values: Any, like: Array) -> Array:
+    """The same, but an array of its own: for state, which is written to."""
+    return constant(values, like) + 0.0
+
+
 @lru_cache(maxsize=4096)
 def _kept(numbers: tuple[float, ...], shape: tuple[int, ...], dtype: Any, where: Any) -> Array:
     import torch
