@@ -17,7 +17,7 @@ from .layout import column_shape, dense_strides, factored_dims, loops, memory_or
 from .operations import AdamScalars, Decays, ElementMlp, ModelTensors, Reference, Result, Statistics, Weights
 from .operations.adam import ADAM_AVERAGES
 from .reference import Array, TensorState
-from .spec import Accumulates
+from .spec import Accumulates, Averages
 
 MOST_AVERAGES = 8
 """Running averages of one kind that the kernels take (kernels/common/operands.h)."""
@@ -30,7 +30,7 @@ _STATISTICS_ALONE = 5
 
 def unsupported(spec: ElementMlp) -> str | None:
     """None, or the reason why the kernel cannot compute this specification for any tensor."""
-    averages = max(_Counts.of(spec))
+    averages = max(Averages.of(spec))
     factored = [group != "fac_g" and "fac" in group.split("_") for group in spec.groups]
     if not 1 <= spec.hidden_size <= MOST_HIDDEN:
         return f"it takes hidden_size 1 to {MOST_HIDDEN}, not {spec.hidden_size}"
@@ -52,7 +52,7 @@ def refusal(
 
     accumulates: the averages that the operation reads. by_matrix: columns are normalised over the last two axes alone.
     """
-    found = _entry(p, g, state, _Counts.of(accumulates), by_matrix)
+    found = _entry(p, g, state, Averages.of(accumulates), by_matrix)
     return found if isinstance(found, str) else None
 
 
@@ -85,7 +85,7 @@ class CpuOperations:
         decays: Decays | None,
         gradient_clip: Array | float | None = None,
     ) -> Statistics:
-        counts = _Counts(accumulates.momenta, accumulates.second_moments, 0)
+        counts = Averages(accumulates.momenta, accumulates.second_moments, 0)
         _check_library(tensors)
         call = _Call(tensors, counts)
         columns = _statistics_columns(counts)
@@ -114,7 +114,7 @@ class CpuOperations:
         gradient_clip: Array | float | None = None,
         steps_only: bool = False,
     ) -> Result:
-        counts = _Counts.of(spec)
+        counts = Averages.of(spec)
         tensors = self._written(tensors)
         outputs, mode = _outputs(tensors, steps_only)
         by_matrix = spec.normalise_over == "matrix"
@@ -152,7 +152,7 @@ class CpuOperations:
     ) -> Result:
         tensors = self._written(tensors)
         outputs, mode = _outputs(tensors)
-        call = _Call(tensors, _Counts.of(ADAM_AVERAGES), outputs)
+        call = _Call(tensors, Averages.of(ADAM_AVERAGES), outputs)
         if call.refused:
             some = AdamScalars(*(x[call.refused] for x in scalars))
             result = Reference.adam(tensors.select(call.refused), some, gradient_clip)
@@ -188,18 +188,6 @@ class CpuOperations:
         return tensors
 
 
-class _Counts(NamedTuple):
-    """How many running averages of each kind an operation reads."""
-
-    momenta: int
-    second_moments: int
-    factored_moments: int
-
-    @classmethod
-    def of(cls, accumulates: Accumulates) -> _Counts:
-        return cls(accumulates.momenta, accumulates.second_moments, accumulates.factored_moments)
-
-
 _Stack: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
 """Shape and strides, in elements, of averages of one kind that follow each other in memory."""
 
@@ -220,7 +208,7 @@ class _Call:
     def __init__(
         self,
         tensors: ModelTensors,
-        counts: _Counts,
+        counts: Averages,
         outputs: Sequence[Array] | None = None,
         by_matrix: bool = False,
         refuse_all: bool = False,
@@ -249,7 +237,7 @@ class _Call:
 
 
 def _entry(
-    p: Array, g: Array, state: TensorState, counts: _Counts, by_matrix: bool
+    p: Array, g: Array, state: TensorState, counts: Averages, by_matrix: bool
 ) -> tuple[tuple[Any, ...], tuple[int, ...], tuple[int, ...]] | str:
     """(layout, addresses of parameter, gradient and state, distances of the averages of each kind), or why not."""
     if problem := _unusual(p) or _unusual(g):
@@ -297,7 +285,7 @@ def _entry(
 
 @lru_cache(maxsize=4096)
 def _layout(
-    shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any, counts: _Counts, by_matrix: bool
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any, counts: Averages, by_matrix: bool
 ) -> _Layout | str:
     itemsize = {"float32": 4, "float64": 8}.get(str(dtype).removeprefix("torch."))
     if itemsize is None:
@@ -445,7 +433,7 @@ def _kernel_spec(spec: ElementMlp) -> Any:
     )
 
 
-def _rates(decays: Decays, counts: _Counts) -> tuple[list[float], ...]:
+def _rates(decays: Decays, counts: Averages) -> tuple[list[float], ...]:
     rates = []
     for name, values, count in zip(decays._fields, decays, counts, strict=True):
         rates.append(_numbers(values).reshape(-1).tolist() if count else [])
@@ -491,7 +479,7 @@ def _layer(w: np.ndarray, b: np.ndarray) -> tuple[int, ...]:
     )
 
 
-def _statistics_columns(counts: _Counts) -> list[int | slice]:
+def _statistics_columns(counts: Averages) -> list[int | slice]:
     """Where the kernel's result holds each field of `Statistics`."""
     n_m, n_r, first = counts[0], counts[1], _STATISTICS_ALONE
     ends = np.cumsum([first, n_m, n_m, n_r, n_r]).tolist()

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
-from typing import Any, ClassVar, Literal, Protocol, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 Kind = Literal["element", "row", "column", "time"]
 Scale = Literal["none", "parameter_rms"]
@@ -58,6 +58,19 @@ class Accumulates(Protocol):
     def second_moments(self) -> int: ...
     @property
     def factored_moments(self) -> int: ...
+
+
+class Averages(NamedTuple):
+    """The plainest `Accumulates`: the counts themselves."""
+
+    momenta: int = 0
+    second_moments: int = 0
+    factored_moments: int = 0
+
+    @classmethod
+    def of(cls, accumulates: Accumulates) -> Averages:
+        """Those of anything that accumulates."""
+        return cls(accumulates.momenta, accumulates.second_moments, accumulates.factored_moments)
 
 
 class SpecError(ValueError):

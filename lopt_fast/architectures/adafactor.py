@@ -16,23 +16,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 from array_api_compat import array_namespace
 
 from ..layout import factored_dims
 from ..operations import ModelTensors, Operations
 from ..reference import SQUARE_EPSILON, Array, TensorState
-from ..spec import Accumulates, SpecError
+from ..spec import Accumulates, Averages, SpecError
 from .base import Arrays, Inputs, Theta, Update
 from .baseline import Baseline, zeros
 from .checks import check_range
-
-
-class _Averages(NamedTuple):
-    momenta: int
-    second_moments: int
-    factored_moments: int
 
 
 @dataclass(frozen=True)
@@ -66,7 +60,7 @@ class Adafactor(Baseline):
 
     def accumulates(self, name: str, shape: Sequence[int]) -> Accumulates:
         factored = self._factored(shape) is not None
-        return _Averages(1 if self.momentum else 0, 0 if factored else 1, 1 if factored else 0)
+        return Averages(1 if self.momentum else 0, 0 if factored else 1, 1 if factored else 0)
 
     def step(
         self,

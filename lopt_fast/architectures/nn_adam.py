@@ -22,7 +22,7 @@ from array_api_compat import array_namespace
 from ..operations import AdamScalars, ModelTensors, Operations, Statistics
 from ..operations.adam import ADAM_AVERAGES
 from ..reference import Array
-from ..spec import Accumulates, SpecError
+from ..spec import Accumulates, Averages, SpecError
 from .base import Architecture, Arrays, Inputs, Theta, Update
 from .checks import check_numbers, check_sizes
 from .networks import constant, init_linear, linear, log_magnitude, lstm
@@ -43,13 +43,6 @@ _LOG_BOUNDS = {
     "beta2": (-10.0, 0.0),
 }
 """Of log(lr), log(epsilon), log(1 - beta)."""
-
-
-class _NoAverages:
-    momenta = second_moments = factored_moments = 0
-
-
-_NO_AVERAGES = _NoAverages()
 
 
 @dataclass(frozen=True)
@@ -135,7 +128,7 @@ class NNAdam(Architecture):
             root_epsilon=1e-10,
         )
         # The parameter before the step, the averages after it. Two calls, as operations may write in place.
-        before = operations.statistics(_NO_AVERAGES, tensors, None, GRADIENT_CLIP)
+        before = operations.statistics(Averages(), tensors, None, GRADIENT_CLIP)
         outputs, states, _ = operations.adam(tensors, scalars, GRADIENT_CLIP)
         # Nothing of the parameters before the step, which may have been overwritten; only averages are looked at.
         moved = replace(tensors, params=outputs, grads=outputs, states=states)

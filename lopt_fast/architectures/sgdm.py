@@ -14,14 +14,10 @@ from typing import ClassVar
 
 from ..operations import ModelTensors, Operations
 from ..reference import Array, TensorState
-from ..spec import Accumulates
+from ..spec import Accumulates, Averages
 from .base import Arrays, Inputs, Theta, Update
 from .baseline import Baseline
 from .checks import check_range
-
-
-class _Averages:
-    momenta, second_moments, factored_moments = 1, 0, 0
 
 
 @dataclass(frozen=True)
@@ -42,7 +38,7 @@ class SgdM(Baseline):
         check_range(self, 0.0, math.inf, "learning_rate", "l2")
 
     def accumulates(self, name: str, shape: Sequence[int]) -> Accumulates:
-        return _Averages()
+        return Averages(momenta=1)
 
     def step(
         self,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from functools import cache, partial
 from itertools import accumulate
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ from ..operations import (
 )
 from ..operations.adam import ADAM_AVERAGES
 from ..reference import Array, TensorState
-from ..spec import Accumulates
+from ..spec import Accumulates, Averages
 from . import call
 from .grouped import Grouped
 
@@ -102,18 +102,6 @@ def _target(operation: str) -> str:
     return f"lopt_fast_{operation}"
 
 
-class _Counts(NamedTuple):
-    """How many running averages of each kind an operation reads."""
-
-    momenta: int
-    second_moments: int
-    factored_moments: int
-
-    @classmethod
-    def of(cls, accumulates: Accumulates) -> _Counts:
-        return cls(accumulates.momenta, accumulates.second_moments, accumulates.factored_moments)
-
-
 @dataclass(frozen=True)
 class CustomCalls:
     """Implements `Operations` with the CPU kernels, once `registration_failure` has found none."""
@@ -128,7 +116,7 @@ class CustomCalls:
         decays: Decays | None,
         gradient_clip: Array | float | None = None,
     ) -> Statistics:
-        counts = _Counts.of(accumulates)._replace(factored_moments=0)
+        counts = Averages.of(accumulates)._replace(factored_moments=0)
         sizes = [1] * 5 + [counts.momenta] * 2 + [counts.second_moments] * 2
 
         def kernel() -> Statistics:
@@ -159,7 +147,7 @@ class CustomCalls:
 
         def kernel() -> Result:
             own = [] if multiplier is None else [multiplier]
-            step = _Call("element_mlp", tensors, _Counts.of(spec), decays, gradient_clip, own)
+            step = _Call("element_mlp", tensors, Averages.of(spec), decays, gradient_clip, own)
             outputs, states, messages = step.run(
                 mode=_OUTPUT["step" if steps_only else _mode(tensors)],
                 weights=[array for layer in layers for array in layer],
@@ -182,7 +170,7 @@ class CustomCalls:
     ) -> Result:
         def kernel() -> Result:
             own = [jnp.stack([_real(x) for x in scalars], axis=-1).reshape(-1)]
-            step = _Call("adam", tensors, _Counts.of(ADAM_AVERAGES), None, gradient_clip, own)
+            step = _Call("adam", tensors, Averages.of(ADAM_AVERAGES), None, gradient_clip, own)
             outputs, states, _ = step.run(mode=_OUTPUT[_mode(tensors)])
             return Result(outputs, states)
 
@@ -219,7 +207,7 @@ class _Call:
         self,
         operation: str,
         tensors: ModelTensors,
-        counts: _Counts,
+        counts: Averages,
         decays: Decays | None,
         gradient_clip: Array | float | None,
         own: Sequence[Array] = (),

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from array_api_compat import array_namespace
 
 from ..reference import Array, TensorState
+from ..spec import Averages
 from .accumulators import ModelTensors, clipped
 from .mlp import Result
 
@@ -38,11 +39,7 @@ class AdamScalars(NamedTuple):
         return cls(*(value + array_namespace(like).zeros_like(like) for value in values))
 
 
-class _Averages:
-    momenta, second_moments, factored_moments = 1, 1, 0
-
-
-ADAM_AVERAGES = _Averages()
+ADAM_AVERAGES = Averages(momenta=1, second_moments=1)
 """What a parameter keeps: m and v."""
 
 

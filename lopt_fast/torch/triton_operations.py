@@ -22,7 +22,7 @@ from ..native import Placement
 from ..operations import AdamScalars, Decays, ElementMlp, ModelTensors, Reference, Result, Statistics, Weights
 from ..operations.adam import ADAM_AVERAGES
 from ..reference import Array, TensorState
-from ..spec import Accumulates
+from ..spec import Accumulates, Averages
 from .triton import available, interpreted
 
 _ALIGNMENT = 16  # bytes
@@ -52,7 +52,7 @@ def refusal(
 
     accumulates: the averages that the operation reads. by_matrix: columns are normalised over the last two axes alone.
     """
-    found = _entry(p, g, state, _Counts.of(accumulates), by_matrix, p.device)
+    found = _entry(p, g, state, Averages.of(accumulates), by_matrix, p.device)
     return found if isinstance(found, str) else None
 
 
@@ -84,7 +84,7 @@ class TritonOperations:
         decays: Decays | None,
         gradient_clip: Array | float | None = None,
     ) -> Statistics:
-        k, counts = _kernels("statistics"), _Counts(accumulates.momenta, accumulates.second_moments, 0)
+        k, counts = _kernels("statistics"), Averages(accumulates.momenta, accumulates.second_moments, 0)
         if decays is not None:
             _check_decays(decays, counts)
         call = _Call(tensors, counts, gradient_clip, flat=True)
@@ -131,7 +131,7 @@ class TritonOperations:
         gradient_clip: Array | float | None = None,
         steps_only: bool = False,
     ) -> Result:
-        counts = _Counts.of(spec)
+        counts = Averages.of(spec)
         _check_decays(decays, counts)
         _check_weights(spec, len(tensors), weights, multiplier)
         outputs, mode = _outputs(tensors, steps_only)
@@ -204,7 +204,7 @@ class TritonOperations:
             if tuple(x.shape) != (len(tensors),):
                 raise ValueError(f"scalars.{name} has shape {tuple(x.shape)}, expected ({len(tensors)},)")
         outputs, mode = _outputs(tensors)
-        call = _Call(tensors, _Counts.of(ADAM_AVERAGES), gradient_clip, outputs, flat=True)
+        call = _Call(tensors, Averages.of(ADAM_AVERAGES), gradient_clip, outputs, flat=True)
         if call.refused:
             some = AdamScalars(*(x[call.refused] for x in scalars))
             result = Reference.adam(_for_definitions(tensors, call.refused), some, gradient_clip)
@@ -237,18 +237,6 @@ class TritonOperations:
 # ---- the tensors of a call ----
 
 
-class _Counts(NamedTuple):
-    """How many running averages of each kind an operation reads (`Accumulates`)."""
-
-    momenta: int
-    second_moments: int
-    factored_moments: int
-
-    @classmethod
-    def of(cls, accumulates: Accumulates) -> _Counts:
-        return cls(accumulates.momenta, accumulates.second_moments, accumulates.factored_moments)
-
-
 class _Tensor(NamedTuple):
     """How a tensor that the kernels take lies in memory."""
 
@@ -264,7 +252,7 @@ class _Call:
     def __init__(
         self,
         tensors: ModelTensors,
-        counts: _Counts,
+        counts: Averages,
         gradient_clip: Array | float | None,
         outputs: Sequence[torch.Tensor] | None = None,
         by_matrix: bool = False,
@@ -345,7 +333,7 @@ def _entry(
     p: torch.Tensor,
     g: torch.Tensor,
     state: TensorState,
-    counts: _Counts,
+    counts: Averages,
     by_matrix: bool,
     where: torch.device,
 ) -> tuple[_Tensor, list[int]] | str:
@@ -381,7 +369,7 @@ def _lies(a: torch.Tensor) -> _Lies:
 
 @lru_cache(maxsize=8192)
 def _accepted(
-    p: _Lies, g: _Lies, state: tuple[_Lies, ...], counts: _Counts, by_matrix: bool, where: torch.device
+    p: _Lies, g: _Lies, state: tuple[_Lies, ...], counts: Averages, by_matrix: bool, where: torch.device
 ) -> _Tensor | str:
     """How a tensor lies that the kernels take if addresses are aligned, or why they do not take it."""
     if where.type != "cuda" and not interpreted():
@@ -562,13 +550,13 @@ def _upload(a: torch.Tensor, where: torch.device) -> torch.Tensor:
     return a.pin_memory().to(where, non_blocking=True) if where.type == "cuda" else a.to(where)
 
 
-def _rates(decays: Decays, counts: _Counts) -> torch.Tensor:
+def _rates(decays: Decays, counts: Averages) -> torch.Tensor:
     """1 - decay of the averages that an operation reads: momenta, second moments, factored moments."""
     parts = [x.reshape(-1).float() for x, count in zip(decays, counts, strict=True) if count]
     return torch.cat(parts) if parts else torch.zeros(0)
 
 
-def _check_decays(decays: Decays, counts: _Counts) -> None:
+def _check_decays(decays: Decays, counts: Averages) -> None:
     for name, values, count in zip(decays._fields, decays, counts, strict=True):
         if count and values.numel() != count:
             raise ValueError(f"decays.{name} has {values.numel()} numbers, expected {count}")
@@ -631,7 +619,7 @@ def _folded(
     return torch.cat(parts, dim=1)
 
 
-def _statistics_columns(counts: _Counts) -> list[slice]:
+def _statistics_columns(counts: Averages) -> list[slice]:
     """Of each field of `Statistics`, its columns among all."""
     sizes = [1, 1, 1, 1, 1, counts[0], counts[0], counts[1], counts[1]]
     ends = np.cumsum(sizes).tolist()
