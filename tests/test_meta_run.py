@@ -128,6 +128,8 @@ def make_loop(
         ('[truncation]\nresets = "inside"\nmin_steps = 3\nsteps = 5', r"needs min_steps=3 of at least"),
         ("[optimizer]\nspec = { hidden_size = 1 }", r"optimizer\.spec: hidden_size=1"),
         ("[optimizer]\nspec = { width = 1 }", r"optimizer\.spec: .*width"),
+        ('[optimizer]\ntrain = ["lstm_*"]', r"optimizer\.train: .*'lstm_\*' is none of the meta-parameters w0, b0"),
+        ("[optimizer]\ntrain = []", r"optimizer\.train: .*nothing would be trained"),
         ("[[task]]\nhidden = [3]", r"task\.0\.kind: Field required"),
         ("task = []", r"task: .*at least 1"),
         (
@@ -204,6 +206,19 @@ def test_outer_steps_are_finite_and_change_theta(estimator: str, scale: str) -> 
     assert (steps[:, 0] == steps[:, 1]).all()
     if estimator != "full_es":
         assert len(set(steps[:, 0].tolist())) > 1  # pairs are at different points of training
+
+
+def test_only_named_meta_parameters_are_trained() -> None:
+    config = toy_config(optimizer={"train": ["w1", "b*"]})
+    before = initial_theta(config)
+    loop, state = make_loop(config)
+    for _ in range(3):
+        state, metrics = loop.step(state, loop.data)
+        assert not bool(metrics.refused)
+    after = loop.named(state.theta)
+    assert after.keys() == before.keys()
+    changed = {name for name in before if not np.array_equal(after[name], before[name])}
+    assert changed == {"w1", *(name for name in before if name.startswith("b"))}
 
 
 def test_unrolls_end_between_truncations_at_their_lengths() -> None:

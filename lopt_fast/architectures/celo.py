@@ -7,9 +7,11 @@ sees how far the training is and how the loss has gone; it gives the proportions
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 from array_api_compat import array_namespace
 
 from ..operations import ModelTensors, Operations
@@ -17,9 +19,12 @@ from ..reference import Array
 from .base import Arrays, Inputs, Theta, Update
 from .checks import check_flags
 from .hyper import GRADIENT_CLIP, MixedMlp, add_loss, init_loss_history, lstm_step
-from .networks import fraction_left, linear
+from .networks import INITIAL_SCALE, follow_momentum, fraction_left, linear
 
 SCHEDULE_INPUTS = 18
+LEARNING_RATE = 0.1
+"""Where the LSTM says 0."""
+WARM_SCALE = 4.0
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,17 @@ class Celo(MixedMlp):
     @property
     def lstm_inputs(self) -> int:
         return SCHEDULE_INPUTS
+
+    def init_theta(self, seed: int = 0) -> dict[str, np.ndarray]:
+        """A usable optimizer, whose LSTM changes nothing yet: the learning rate is 1, and the direction `WARM_SCALE`
+        times the momentum over the root of its second moment, normalised (`follow_momentum`), and small random terms.
+        """
+        theta = super().init_theta(seed)
+        theta[f"w{self.hidden_layers}"] *= INITIAL_SCALE
+        scale = WARM_SCALE * self.mixture  # `weights` is a mean over the mixture
+        follow_momentum(theta, self.mlp, "m_rsqrt_rms", self.momentum_decays, scale)
+        theta["step_b"][:] = math.log(1.0 / LEARNING_RATE)
+        return theta
 
     def init_shared(self, theta: Theta) -> Arrays:
         return init_schedule(theta)
@@ -58,7 +74,7 @@ class Celo(MixedMlp):
         controls = xp.exp(controls - xp.max(controls))
         controls = controls / xp.sum(controls)
         multiplier = learning_rate(theta, hidden, len(tensors)) if self.use_schedule else None
-        outputs, states, _ = operations.element_mlp(
+        outputs, states, *_ = operations.element_mlp(
             self.mlp,
             tensors,
             self.decays(hidden),
@@ -91,4 +107,4 @@ def learning_rate(theta: Theta, hidden: Array, tensors: int) -> Array:
     """(tensors,) 0.1 exp(step_size), equal for all."""
     xp = array_namespace(hidden)
     size = linear(hidden, theta["step_w"], theta["step_b"])[:, 0]
-    return xp.broadcast_to(0.1 * xp.exp(size), (tensors,))
+    return xp.broadcast_to(LEARNING_RATE * xp.exp(size), (tensors,))

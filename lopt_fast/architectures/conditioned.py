@@ -23,10 +23,10 @@ from array_api_compat import array_namespace
 
 from ..operations import Decays, ElementMlp, ModelTensors, Operations, Result, Statistics, Weights
 from ..reference import LOG_EPSILON, Array
-from ..spec import TIMESCALES, Accumulates, SpecError
+from ..spec import TIMESCALES, Accumulates
 from .base import Architecture, Arrays, Inputs, Theta
 from .checks import check_decays, check_numbers, check_sizes
-from .networks import constant, init_mlp, linear, log_magnitude, new
+from .networks import INITIAL_SCALE, constant, follow_momentum, init_mlp, linear, log_magnitude, new
 
 GROUPS = ("g", "p", "log_abs_p", "m", "rms", "m_rsqrt_rms", "rsqrt_rms")
 """Of the columns, in the order of w0."""
@@ -35,10 +35,6 @@ TENSOR_CONSTANTS = len(TIMESCALES) + 3
 CLIP_DECAY, CLIP_FACTOR, GRADIENT_EPSILON = 0.99, 10.0, 1e-8
 TRAIN_LOSS_DECAY, VALID_LOSS_DECAY = 0.9, 0.95
 LOSS_EPSILON = 1e-8
-INITIAL_SCALE = 0.1
-"""Of the last projections, to the conditioning and to direction and magnitude, before meta-training."""
-FOLLOWED_DECAY = 0.9
-"""Of the momentum that an optimizer follows before meta-training, or the nearest that there is."""
 
 TENSOR_FEATURES = (
     "gradient_norm", "is_scalar", "momentum_mean", "momentum_sign", "second_moment_mean", "second_moment_sign",
@@ -57,6 +53,8 @@ class Observed(NamedTuple):
     """()"""
     constants: Array
     """(tensors, TENSOR_CONSTANTS)"""
+    column_mean_square: Array | None
+    """Of the MLP, as operations pass it on."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +76,6 @@ class ConditionedMlp(Architecture):
         check_sizes(self, "hidden_size", "hidden_layers", "conditioning")
         check_numbers(self, "step_mult", "exp_mult")
         check_decays(self, "decays")
-        if self.hidden_size < 2:
-            raise SpecError(
-                f"{self.NAME}: hidden_size={self.hidden_size} must be at least 2, see init_mlp_theta"
-            )
 
     @property
     def messages(self) -> int:
@@ -112,23 +106,14 @@ class ConditionedMlp(Architecture):
         return shapes | {"w0_constant": (TENSOR_CONSTANTS + self.conditioning, self.hidden_size)}
 
     def init_mlp_theta(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Initial meta-parameters of the MLP: random, but for a path that makes the initial optimizer a usable one.
+        """Initial meta-parameters of the MLP: random, but for a path that follows momentum (`follow_momentum`).
 
         Weights are truncated normal with 1 / sqrt(inputs), `INITIAL_SCALE` times that in the last layer; biases zero.
-        The first two units of each hidden layer pass on the positive and the negative part of one column, the momentum
-        of decay 0.9 over the root of its second moment: a step is 0.001 times that, normalised, and small random terms.
+        A step is 0.001 times the momentum over the root of its second moment, normalised, and small random terms.
         """
         theta = init_mlp(rng, self.mlp_shapes)
-        mlp, last = self.mlp, self.hidden_layers
-        before = sum(map(mlp.group_size, mlp.groups[: mlp.groups.index("m_rsqrt_rms")]))
-        column = before + min(range(len(self.decays)), key=lambda i: abs(self.decays[i] - FOLLOWED_DECAY))
-        theta["w0"][:, :2] = theta["w0_constant"][:, :2] = 0.0
-        theta["w0"][column, :2] = 1.0, -1.0
-        for i in range(1, last):
-            theta[f"w{i}"][:, :2] = np.eye(self.hidden_size, 2)
-        theta[f"w{last}"] *= INITIAL_SCALE
-        theta[f"w{last}"][:2, :] = 0.0
-        theta[f"w{last}"][:2, 0] = 1.0, -1.0
+        theta[f"w{self.hidden_layers}"] *= INITIAL_SCALE
+        follow_momentum(theta, self.mlp, "m_rsqrt_rms", self.decays)
         return theta
 
     def accumulates(self, name: str, shape: Sequence[int]) -> Accumulates:
@@ -162,8 +147,7 @@ class ConditionedMlp(Architecture):
         loss = xp.astype(inputs.loss, like.dtype)
 
         bound = CLIP_FACTOR * shared["gradient_scale"] / _weight(CLIP_DECAY, t + 1.0)
-        statistics = operations.statistics(self.mlp, tensors, self.running_averages(like), bound)
-        statistics = Statistics(*(xp.astype(x, like.dtype) for x in statistics))
+        statistics = operations.statistics(self.mlp, tensors, self.running_averages(like), bound).of(like)
         mean_square = xp.mean(statistics.gradient_variance + statistics.gradient_mean**2)
         scale = CLIP_DECAY * shared["gradient_scale"] + (1.0 - CLIP_DECAY) * xp.sqrt(
             mean_square + GRADIENT_EPSILON
@@ -191,6 +175,7 @@ class ConditionedMlp(Architecture):
             tensor_features(statistics, shapes, losses[0, ...], losses[1, ...]),
             bound,
             tensor_constants(statistics, shapes, t + shared["valid_losses"]),
+            statistics.column_mean_square,
         )
         return observed, after
 
@@ -216,6 +201,7 @@ class ConditionedMlp(Architecture):
             self.running_averages(theta["w0"]),
             weights,
             gradient_clip=observed.gradient_clip,
+            column_mean_square=observed.column_mean_square,
         )
 
 

@@ -22,7 +22,7 @@ from ..reference import time_columns
 from ..spec import TIMESCALES, Accumulates
 from .base import Architecture, Arrays, Inputs, Theta, Update
 from .checks import check_decays, check_numbers, check_sizes
-from .networks import init_mlp, linear
+from .networks import INITIAL_SCALE, follow_momentum, init_mlp, linear
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,12 @@ class FcLopt(Architecture):
         return shapes
 
     def init_theta(self, seed: int = 0) -> dict[str, np.ndarray]:
-        """Weights truncated normal with 1 / sqrt(inputs), biases zero."""
-        return init_mlp(np.random.default_rng(seed), self.theta_shapes)
+        """Weights truncated normal with 1 / sqrt(inputs), `INITIAL_SCALE` times that in the last layer; biases zero.
+        A step begins as 0.001 times the momentum, normalised (`follow_momentum`), and small random terms."""
+        theta = init_mlp(np.random.default_rng(seed), self.theta_shapes)
+        theta[f"w{self.hidden_layers}"] *= INITIAL_SCALE
+        follow_momentum(theta, self.mlp, "m", self.momentum_decays)
+        return theta
 
     def accumulates(self, name: str, shape: Sequence[int]) -> Accumulates:
         return self.mlp
@@ -86,5 +90,5 @@ class FcLopt(Architecture):
         biases[0] = linear(time, theta["w0_time"], theta["b0"])
         weights = Weights(tuple(theta[f"w{i}"] for i in layers), tuple(biases))
         decays = Decays.constant(theta["w0"], momentum=self.momentum_decays)
-        outputs, states, _ = operations.element_mlp(self.mlp, tensors, decays, weights)
+        outputs, states, *_ = operations.element_mlp(self.mlp, tensors, decays, weights)
         return Update(outputs, states, rows, shared)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from array_api_compat import array_namespace, device
 
+from ..operations import ElementMlp
 from ..operations.constants import constant as constant
 from ..operations.constants import new as new
 from ..reference import Array
@@ -85,6 +86,36 @@ def init_mlp(rng: np.random.Generator, shapes: Mapping[str, tuple[int, ...]]) ->
             truncated_normal(rng, shape, 1.0 / math.sqrt(inputs)) if weights else np.zeros(shape, np.float32)
         )
     return theta
+
+
+INITIAL_SCALE = 0.1
+"""Of the last layers before meta-training: to direction and magnitude, and to a conditioning."""
+FOLLOWED_DECAY = 0.9
+"""Of the momentum that an optimizer follows before meta-training, or the nearest that there is."""
+
+
+def follow_momentum(
+    theta: Mapping[str, np.ndarray], mlp: ElementMlp, group: str, decays: Sequence[float], scale: float = 1.0
+) -> None:
+    """Give initial meta-parameters w0, w1, ... of `mlp` a path that makes the initial optimizer a usable one.
+
+    The first two units of each hidden layer pass on the positive and the negative part of the column of `group` whose
+    momentum decays by 0.9; the direction is `scale` times their difference, and what the other units add. Without
+    two units nothing changes. Weights may have leading axes; those of other inputs are called w0_*.
+    """
+    if mlp.hidden_size < 2:
+        return
+    before = sum(map(mlp.group_size, mlp.groups[: mlp.groups.index(group)]))
+    column = before + min(range(len(decays)), key=lambda i: abs(decays[i] - FOLLOWED_DECAY))
+    for name, w in theta.items():
+        if name.startswith("w0"):
+            w[..., :2] = 0.0
+    theta["w0"][..., column, :2] = 1.0, -1.0
+    for i in range(1, mlp.hidden_layers):
+        theta[f"w{i}"][..., :2] = np.eye(mlp.hidden_size, 2)
+    last = theta[f"w{mlp.hidden_layers}"]
+    last[..., :2, :] = 0.0
+    last[..., :2, 0] = scale, -scale
 
 
 def fraction_left(t: Array, num_steps: Array | float, like: Array) -> Array:

@@ -36,8 +36,8 @@ from ..operations import ModelTensors, Operations
 from ..spec import SpecError
 from .base import Arrays, Inputs, Theta, Update
 from .checks import check_sizes
-from .conditioned import INITIAL_SCALE, TENSOR_FEATURES, ConditionedMlp
-from .networks import init_linear, linear, truncated_normal
+from .conditioned import TENSOR_FEATURES, ConditionedMlp
+from .networks import INITIAL_SCALE, init_linear, linear, truncated_normal
 from .transformer import Encoder, NormPlacement
 
 
@@ -114,5 +114,5 @@ class RecurrentTransformer(ConditionedMlp):
         tokens = array_namespace(tokens).concat([shared["hidden"][None, :], tokens], axis=0)
         tokens = self.encoder(theta, tokens)
         conditioning = linear(tokens[1:, :], theta["conditioning_w"], theta["conditioning_b"])
-        outputs, states, _ = self.update_parameters(operations, theta, tensors, observed, conditioning)
+        outputs, states, *_ = self.update_parameters(operations, theta, tensors, observed, conditioning)
         return Update(outputs, states, rows, {**shared, "hidden": tokens[0, :]})

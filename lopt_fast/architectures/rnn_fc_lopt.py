@@ -24,8 +24,8 @@ from array_api_compat import array_namespace
 from ..operations import ModelTensors, Operations
 from .base import Arrays, Inputs, Theta, Update
 from .checks import check_sizes
-from .conditioned import INITIAL_SCALE, TENSOR_FEATURES, ConditionedMlp
-from .networks import init_linear, linear, lstm, truncated_normal
+from .conditioned import TENSOR_FEATURES, ConditionedMlp
+from .networks import INITIAL_SCALE, init_linear, linear, lstm, truncated_normal
 
 
 @dataclass(frozen=True)
@@ -101,15 +101,15 @@ class RnnFcLopt(ConditionedMlp):
             features, rows["lstm_hidden"], rows["lstm_cell"], theta["lstm_w"], theta["lstm_b"]
         )
         conditioning = linear(hidden, theta["conditioning_w"], theta["conditioning_b"])
-        outputs, states, messages = self.update_parameters(operations, theta, tensors, observed, conditioning)
+        result = self.update_parameters(operations, theta, tensors, observed, conditioning)
         summary = xp.mean(linear(hidden, theta["summary_w"], theta["summary_b"]), axis=0)
         return Update(
-            outputs,
-            states,
+            result.outputs,
+            result.states,
             {
                 "lstm_hidden": hidden,
                 "lstm_cell": cell,
-                "messages": rows["messages"] if messages is None else messages,
+                "messages": rows["messages"] if result.messages is None else result.messages,
             },
             {**shared, "summary": summary},
         )

@@ -5,6 +5,7 @@ Read from TOML. `lopt-fast meta-train --explain` prints this file's contents as 
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import tomllib
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from pydantic import (
 
 from ..architectures import ARCHITECTURES, Architecture
 from ..checkpoint import Checkpoint, load
+from ..errors import UserError
 from ..spec import Spec
 from .estimators import Estimator
 from .estimators import make as make_estimator
@@ -34,7 +36,7 @@ Count = Annotated[int, Field(ge=0)]
 Schedule = Literal["constant", "linear", "cosine"]
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """A configuration that cannot be used; names the file, the setting and the remedy."""
 
 
@@ -58,6 +60,8 @@ class OptimizerTable(_Table):
     or path of a checkpoint."""
     warm_scale: Annotated[float, Field(gt=0)] = 4.0
     """For "warm": the direction is this many times the normalised m / sqrt(v)."""
+    train: list[str] = ["*"]
+    """Which meta-parameters are trained: names, or patterns such as "lstm_*". The others stay as they began."""
 
     @model_validator(mode="before")
     @classmethod
@@ -89,6 +93,23 @@ class OptimizerTable(_Table):
         if value == "warm" and name != Spec.NAME:
             raise ValueError(f"'warm' is for {Spec.NAME} only, not {name}: give \"random\" or a checkpoint")
         return value
+
+    @field_validator("train")
+    @classmethod
+    def _train(cls, value: list[str], info: ValidationInfo) -> list[str]:
+        if "spec" not in info.data or "architecture" not in info.data:
+            return value  # refused itself
+        names = ARCHITECTURES[info.data["architecture"]].from_dict(info.data["spec"]).theta_shapes
+        for pattern in value:
+            if not fnmatch.filter(names, pattern):
+                raise ValueError(f"{pattern!r} is none of the meta-parameters {', '.join(names)}")
+        if not value:
+            raise ValueError("nothing would be trained: name some meta-parameters, or leave it out")
+        return value
+
+    def is_trained(self, name: str) -> bool:
+        """Whether the meta-parameter of this name is trained."""
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.train)
 
     def make(self) -> Spec | Architecture:
         """What the optimizer computes."""

@@ -38,7 +38,8 @@ class OuterState(NamedTuple):
 
     outer_step: jax.Array
     theta: jax.Array
-    """(n,), all meta-parameters as one vector (`OuterLoop.named` gives them their names): far less to compile."""
+    """(n,), all trained meta-parameters as one vector (`OuterLoop.named` gives them their names): far less to
+    compile."""
     average: jax.Array
     """Exponential moving average of theta."""
     optimizer_state: optax.OptState
@@ -77,10 +78,10 @@ def _truncated(config: MetaTrainConfig, table: TaskTable, task: Task) -> Truncat
             f"task {task.name}: pairs={pairs}, but it has {len(task.variants)} data sets: give more"
         )
     unroll = table.unroll or config.truncation
-    unravel = _vector(config.spec)[1]
+    named = _naming(config)
     return TruncatedTask(
         task=task,
-        make_optimizer=lambda theta, length: inner_optimizer(config.spec, unravel(theta), length),
+        make_optimizer=lambda theta, length: inner_optimizer(config.spec, named(theta), length),
         estimator=config.estimator.make(),
         lengths=Lengths(unroll.min_steps, unroll.max_steps),
         steps=config.truncation.steps,
@@ -90,9 +91,24 @@ def _truncated(config: MetaTrainConfig, table: TaskTable, task: Task) -> Truncat
     )
 
 
-def _vector(spec: Spec | Architecture) -> tuple[jax.Array, Callable[[Any], Any]]:
-    """(zeros (n,), vector -> meta-parameters by name)."""
-    return ravel_pytree({name: np.zeros(shape, np.float32) for name, shape in spec.theta_shapes.items()})
+def _vector(
+    config: MetaTrainConfig, theta: Mapping[str, np.ndarray]
+) -> tuple[jax.Array, Callable[[Any], Any]]:
+    """(the trained ones of these meta-parameters as a vector, vector -> trained meta-parameters by name)."""
+    return ravel_pytree(
+        {name: np.asarray(a, np.float32) for name, a in theta.items() if config.optimizer.is_trained(name)}
+    )
+
+
+def _naming(config: MetaTrainConfig) -> Callable[[Any], dict[str, Any]]:
+    """Vector -> all meta-parameters by name; those that are not trained are as the run begins with."""
+    shapes = config.spec.theta_shapes
+    _, unravel = _vector(config, {name: np.zeros(shape) for name, shape in shapes.items()})
+    fixed = [name for name in shapes if not config.optimizer.is_trained(name)]
+    if not fixed:
+        return unravel
+    initial = initial_theta(config)
+    return lambda vector: unravel(vector) | {name: initial[name] for name in fixed}
 
 
 def initial_theta(config: MetaTrainConfig) -> dict[str, np.ndarray]:
@@ -168,7 +184,7 @@ class OuterLoop:
     def init(self, theta: Mapping[str, np.ndarray]) -> OuterState:
         """State before the first outer step."""
         self.config.spec.check_theta(theta)
-        vector, _ = ravel_pytree({name: np.asarray(value, np.float32) for name, value in theta.items()})
+        vector, _ = _vector(self.config, theta)
         state = OuterState(
             outer_step=jnp.zeros((), jnp.int32),
             theta=vector,
@@ -182,7 +198,7 @@ class OuterLoop:
 
     def named(self, vector: jax.Array | np.ndarray) -> dict[str, np.ndarray]:
         """Meta-parameters by the names of `theta_shapes`."""
-        return {name: np.asarray(x) for name, x in _vector(self.config.spec)[1](jnp.asarray(vector)).items()}
+        return {name: np.asarray(x) for name, x in _naming(self.config)(jnp.asarray(vector)).items()}
 
     def place(self, state: Any) -> OuterState:
         """A state read from a checkpoint (arrays of all pairs, on the host) laid out on the devices."""
