@@ -45,9 +45,9 @@ class Celo(MixedMlp):
         return SCHEDULE_INPUTS
 
     def init_theta(self, seed: int = 0) -> dict[str, np.ndarray]:
-        """A usable optimizer, whose LSTM changes nothing yet: the learning rate is 1, and the direction `WARM_SCALE`
-        times the momentum over the root of its second moment, normalised (`follow_momentum`), and small random terms.
-        """
+        """A usable optimizer: the direction is `WARM_SCALE` times the momentum over the root of its second moment,
+        normalised (`follow_momentum`), and small random terms; the learning rate is near 1, what the LSTM says of it
+        random. The second phase of meta-training can begin where the first has ended."""
         theta = super().init_theta(seed)
         theta[f"w{self.hidden_layers}"] *= INITIAL_SCALE
         scale = WARM_SCALE * self.mixture  # `weights` is a mean over the mixture
