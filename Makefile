@@ -66,7 +66,7 @@ format: $(STAMP)
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 test: lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest bench

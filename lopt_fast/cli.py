@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from .meta.cli import register as register_meta
+from .terminal import errors, fail, print_error, stderr, stdout, write_json
 
 app = typer.Typer(
     name="lopt-fast",
@@ -34,48 +34,11 @@ except ImportError as _error:  # a package that benchmarks need is missing: the 
 
     @_bench.callback(invoke_without_command=True)
     def _no_bench() -> None:
-        _fail(f"the benchmarks cannot be imported: {_missing}")
+        fail(f"the benchmarks cannot be imported: {_missing}")
 
 
 app.add_typer(_bench, name="bench")
 register_meta(app)
-
-
-def _out() -> Console:
-    console = Console(highlight=False)
-    # A table in a file or a pipe is not cut to 80 columns.
-    return console if console.is_terminal else Console(highlight=False, width=160)
-
-
-def _err() -> Console:
-    return Console(stderr=True, highlight=False)
-
-
-def _fail(message: str) -> None:
-    _err().print(f"error: {message}", style="red", markup=False, soft_wrap=True)
-    raise typer.Exit(2)
-
-
-@contextmanager
-def _errors() -> Iterator[None]:
-    """What the user can put right is one line and exit status 2."""
-    from .backends import BackendError
-    from .data import DataError
-    from .spec import SpecError
-    from .training import TrainingError
-    from .verify import GoldenError
-
-    try:
-        yield
-    except (BackendError, DataError, GoldenError, SpecError, TrainingError, OSError) as error:
-        _fail(str(error))
-
-
-def _write_json(path: Path | None, value: dict[str, Any]) -> None:
-    if path is not None:
-        from .training.report import write_json
-
-        write_json(path, value)
 
 
 @contextmanager
@@ -87,7 +50,7 @@ def _progress() -> Iterator[Callable[[str, int], Callable[[float], None]]]:
     )  # fmt: skip
     # Without redirection: it would send to the error output what is printed meanwhile.
     with Progress(
-        *columns, console=_err(), transient=True, redirect_stdout=False, redirect_stderr=False
+        *columns, console=stderr(), transient=True, redirect_stdout=False, redirect_stderr=False
     ) as progress:
 
         def started(label: str, steps: int) -> Callable[[float], None]:
@@ -103,9 +66,9 @@ def _progress() -> Iterator[Callable[[str, int], Callable[[float], None]]]:
 @app.command()
 def info(json: Json = None) -> None:
     """Versions, instruction set, backends with the reason for each missing one, shipped checkpoints."""
-    with _errors():
+    with errors():
         found = _info()
-        console = _out()
+        console = stdout()
         for name, value in found["versions"].items():
             console.print(f"{name:16} {value or 'not installed'}")
         console.print(f"{'processor':16} {found['processor']}")
@@ -120,7 +83,7 @@ def info(json: Json = None) -> None:
         for row in found["checkpoints"]:
             checkpoints.add_row(row["name"], row["architecture"], str(row["meta_parameters"]), row["record"])
         console.print(checkpoints if found["checkpoints"] else "no checkpoints in this build")
-        _write_json(json, found)
+        write_json(json, found)
 
 
 def _info() -> dict[str, Any]:
@@ -208,7 +171,7 @@ def verify(
 
     reports: list[Report] = []
     unreadable: dict[str, str] = {}
-    with _errors(), _progress() as started:
+    with errors(), _progress() as started:
         advance = started("verify", len(files)) if len(files) > 1 else None
         for file in files:
             try:
@@ -222,16 +185,16 @@ def verify(
     for report in reports:
         _print_report(report)
     for message in unreadable.values():
-        _err().print(f"error: {message}", style="red", markup=False, soft_wrap=True)
+        print_error(message)
     passed = sum(report.passed for report in reports)
-    console = _out()
+    console = stdout()
     summary = f"{passed} of {len(files)} files within tolerance"
     if unreadable:
         summary += f", {len(unreadable)} could not be read or replayed"
     console.print(summary)
     status = 2 if unreadable else 0 if passed == len(files) else 1
-    with _errors():
-        _write_json(
+    with errors():
+        write_json(
             json,
             {
                 "passed": status == 0,
@@ -243,7 +206,7 @@ def verify(
 
 
 def _print_report(report: Any) -> None:
-    console = _out()
+    console = stdout()
     rows = Table("tensor", "shape", "largest error", "tolerance", "at", "", box=None, pad_edge=False)
     for row in report.rows:
         shape = "x".join(map(str, row.shape)) or "scalar"
@@ -295,7 +258,7 @@ def convert(
 
     Several SOURCEs are files whose arrays belong together. Pickles are not read.
     """
-    with _errors():
+    with errors():
         from .published import convert as conversion
 
         found = conversion.read(sources, family, _settings(settings or ()), licence)
@@ -305,7 +268,7 @@ def convert(
             )
         target = conversion.write(found.checkpoint, out, to, None if found.family else family)
         checkpoint = found.checkpoint
-        console = _out()
+        console = stdout()
         if found.arguments:
             console.print(f"family {found.family}: {_listed(found.arguments)}", markup=False, soft_wrap=True)
         console.print(
@@ -315,7 +278,7 @@ def convert(
         if to == "checkpoint" and "licence" not in checkpoint.metadata:
             console.print("licence not known: --licence SPDX puts it into the checkpoint", markup=False)
         console.print(f"wrote {target}", markup=False, soft_wrap=True)
-        _write_json(
+        write_json(
             json,
             {
                 "file": str(target), "format": to, "family": found.family or None,
@@ -376,7 +339,7 @@ def train(
     json: Json = None,
 ) -> None:
     """Train a built-in task with one or several optimizers: a table, results.json and plot.png."""
-    with _errors():
+    with errors():
         from .training import TrainConfig, TrainingError
         from .training.choices import parse
 
@@ -397,7 +360,7 @@ def run_and_report(configs: Sequence[Any], folders: Sequence[Path], json: Path |
         for config, folder in zip(configs, folders, strict=True):
             result = run(config, started)
             results.append((result, *save(result, folder)))
-    console = _out()
+    console = stdout()
     for result, written, no_plot in results:
         console.print(table(result))
         for path in written:
@@ -405,7 +368,7 @@ def run_and_report(configs: Sequence[Any], folders: Sequence[Path], json: Path |
         if no_plot:
             console.print(no_plot, markup=False, soft_wrap=True)
     found = [result.to_dict() for result, _, _ in results]
-    _write_json(json, found[0] if len(found) == 1 else {"runs": found})
+    write_json(json, found[0] if len(found) == 1 else {"runs": found})
 
 
 def main() -> None:

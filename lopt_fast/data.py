@@ -17,11 +17,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from .errors import UserError
+
 Split = Literal["train", "test"]
 PathLike = str | Path
 
 
-class DataError(FileNotFoundError):
+class DataError(UserError, FileNotFoundError):
     """A data file that is missing or unreadable; says which, and what to do."""
 
 

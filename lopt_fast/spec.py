@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
+from .errors import UserError
+
 Kind = Literal["element", "row", "column", "time"]
 Scale = Literal["none", "parameter_rms"]
 Statistics = Literal["exact", "lagged"]
@@ -73,7 +75,7 @@ class Averages(NamedTuple):
         return cls(accumulates.momenta, accumulates.second_moments, accumulates.factored_moments)
 
 
-class SpecError(ValueError):
+class SpecError(UserError, ValueError):
     """A specification, a set of meta-parameters or a checkpoint that cannot be used; says which value and why."""
 
 

@@ -1,32 +1,31 @@
 """What every architecture promises: one text for NumPy, PyTorch and JAX, any set of tensors, no order among them.
 
-The yardstick is NumPy in float64. Steps are compared as what is added to a parameter, so that its size plays no part.
+The yardstick is NumPy in float64 (trajectories.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from array_api_compat import array_namespace
+import trajectories
+from trajectories import STEPS, Trajectory, float32_jax, float32_tensor, run, stepper
 
 from lopt_fast.architectures import ARCHITECTURES
 from lopt_fast.architectures.base import Architecture, Inputs
 from lopt_fast.architectures.fc_lopt import FcLopt
 from lopt_fast.architectures.nn_adam import NNAdam
 from lopt_fast.architectures.rnn_fc_lopt import RnnFcLopt
-from lopt_fast.operations import ModelTensors, Operations, Reference, Result
+from lopt_fast.architectures.velo import Velo
+from lopt_fast.operations import ModelTensors, Operations, Reference, Result, Statistics
 from lopt_fast.operations.accumulators import initial_state
-from lopt_fast.reference import TensorState
 
 KINDS: tuple[type[Architecture], ...] = (FcLopt, RnnFcLopt, NNAdam)
 SHAPES = ((6, 4), (), (5,), (1,), (2, 3, 3, 2), (2, 1, 2, 2, 3))
-STEPS = 4
 
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.NAME)
 
@@ -41,91 +40,13 @@ def random_theta(architecture: Architecture, seed: int = 0) -> dict[str, np.ndar
     }
 
 
-def problem(
-    shapes: Sequence[tuple[int, ...]], seed: int = 1
-) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
-    """(parameters, gradients of each step). No parameter is near 0, where its logarithm is a matter of rounding."""
-    rng = np.random.default_rng(seed)
-
-    def rounded(x: np.ndarray) -> np.ndarray:
-        return np.asarray(x, np.float32).astype(np.float64)
-
-    params = [rounded(rng.choice([-1.0, 1.0], s) * rng.uniform(0.2, 1.0, s)) for s in shapes]
-    return params, [[rounded(rng.standard_normal(s)) for s in shapes] for _ in range(STEPS)]
+def problem(shapes: Sequence[tuple[int, ...]]) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
+    """No parameter is near 0, where its logarithm is a matter of rounding."""
+    return trajectories.problem(shapes, smallest=0.2)
 
 
-def stepper(architecture: Architecture, count: int) -> Callable[..., Any]:
-    """A step of so many parameters as a function of arrays alone, which can be compiled."""
-
-    def step(
-        theta: Any, params: Any, grads: Any, states: Any, rows: Any, shared: Any, t: Any, loss: Any
-    ) -> Any:
-        states = [TensorState(*state) for state in states]
-        tensors = ModelTensors(params, grads, states, [1.0] * count, [0.0] * count, names=names(count))
-        return tuple(architecture.step(Reference, theta, tensors, rows, shared, Inputs(t, 100.0, loss)))
-
-    return step
-
-
-def names(count: int) -> list[str]:
-    return [f"p{i}" for i in range(count)]
-
-
-def run(
-    architecture: Architecture,
-    theta: Mapping[str, np.ndarray],
-    params: Sequence[np.ndarray],
-    grads: Sequence[Sequence[np.ndarray]],
-    array: Callable[[np.ndarray], Any] = np.asarray,
-    step: Callable[..., Any] | None = None,
-) -> list[list[np.ndarray]]:
-    """What each step adds to each parameter.
-
-    array: makes an array of the framework and type to be tried. step: a compiled `stepper`; None: as it is.
-    """
-    step = step or stepper(architecture, len(params))
-    theta = {name: array(a) for name, a in theta.items()}
-    current = [array(p) for p in params]
-    states = [
-        initial_state(architecture.accumulates(name, p.shape), p)
-        for name, p in zip(names(len(params)), current, strict=True)
-    ]
-    rows = architecture.init_rows(theta, [tuple(p.shape) for p in current])
-    shared = architecture.init_shared(theta)
-    clock = array_namespace(*current).asarray
-    added = []
-    for t, gradients in enumerate(grads):
-        outputs, states, rows, shared = step(
-            theta, current, [array(g) for g in gradients], states, rows, shared, clock(t),
-            array(np.asarray(2.0 / (1 + t))),
-        )  # fmt: skip
-        current = [p + delta for p, delta in zip(current, outputs, strict=True)]
-        added.append([np.asarray(delta, np.float64) for delta in outputs])
-    return added
-
-
-def float32_tensor(x: np.ndarray) -> torch.Tensor:
-    return torch.asarray(x.tolist(), dtype=torch.float32)
-
-
-def float32_jax(x: np.ndarray) -> jax.Array:
-    # Bound to a device as the state is, or the second step would be compiled anew.
-    return jnp.asarray(x, jnp.float32, device=jax.devices()[0])
-
-
-def error(found: list[list[np.ndarray]], expected: list[list[np.ndarray]]) -> float:
-    """The largest, relative to the largest element of all steps of a tensor; infinite where there is a NaN.
-
-    Of all steps: in a tensor of one element that of a single step may be the difference of two large numbers.
-    """
-    worst = 0.0
-    for steps, wanted in zip(zip(*found, strict=True), zip(*expected, strict=True), strict=True):
-        largest = max(np.abs(b).max() for b in wanted)
-        for a, b in zip(steps, wanted, strict=True):
-            assert a.shape == b.shape
-            relative = np.abs(a - b).max() / largest
-            worst = max(worst, relative) if np.isfinite(relative) else np.inf
-    return worst
+def error(found: Trajectory, expected: Trajectory) -> float:
+    return trajectories.error(found, expected, of_all_steps=True)
 
 
 @every_kind
@@ -192,8 +113,8 @@ class InPlace(Reference):
     def element_mlp(self, spec: Any, tensors: ModelTensors, *args: Any, **kwargs: Any) -> Result:
         return self._written(tensors, Reference.element_mlp(spec, tensors, *args, **kwargs))
 
-    def adam(self, tensors: ModelTensors, *args: Any) -> Result:
-        return self._written(tensors, Reference.adam(tensors, *args))
+    def adam(self, tensors: ModelTensors, *args: Any, **kwargs: Any) -> Result:
+        return self._written(tensors, Reference.adam(tensors, *args, **kwargs))
 
     @staticmethod
     def _written(tensors: ModelTensors, result: Result) -> Result:
@@ -202,7 +123,7 @@ class InPlace(Reference):
         for state, new_state in zip(tensors.states, result.states, strict=True):
             for a, new in zip(state, new_state, strict=True):
                 a[...] = new
-        return Result(tensors.params, tensors.states, result.messages)
+        return result._replace(outputs=tensors.params, states=tensors.states)
 
 
 @every_kind
@@ -227,6 +148,22 @@ def test_operations_may_write_in_place(kind: type[Architecture]) -> None:
 
     for a, b in zip(trajectory(InPlace()), trajectory(Reference()), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+class WithoutColumns(Reference):
+    """Operations whose statistics tell nothing of columns."""
+
+    def statistics(self, *args: Any, **kwargs: Any) -> Statistics:
+        return Reference.statistics(*args, **kwargs)._replace(column_mean_square=None)
+
+
+@pytest.mark.parametrize("architecture", [RnnFcLopt(), Velo(lstm_size=8, mixture=4)], ids=lambda a: a.NAME)
+def test_operations_may_leave_mean_squares_of_columns_out(architecture: Architecture) -> None:
+    params, grads = problem(SHAPES)
+    theta = random_theta(architecture)
+    expected = run(architecture, theta, params, grads)
+    step = stepper(architecture, len(params), WithoutColumns())
+    assert error(run(architecture, theta, params, grads, step=step), expected) <= 1e-12
 
 
 @every_kind

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import lopt_fast
-from lopt_fast import backends
+from lopt_fast import backends, terminal
 from lopt_fast.cli import app
 
 
@@ -65,6 +66,22 @@ def test_entry_point() -> None:
     assert done.returncode == 2
     assert "nowhere.npz: no such file" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_what_the_user_can_put_right_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """And bugs keep their tracebacks."""
+    for error, message in (
+        (lopt_fast.SpecError("width=1: must be 2"), "error: width=1: must be 2\n"),
+        (FileNotFoundError("no such file"), "error: no such file\n"),
+        (ImportError("no jax"), "error: pip install 'lopt_fast[meta]' is needed: no jax\n"),
+    ):
+        with pytest.raises(typer.Exit) as end, terminal.errors(extra="meta"):
+            raise error
+        assert end.value.exit_code == 2
+        assert capsys.readouterr().err == message
+    for bug in (ValueError("a bug"), ImportError("a bug")):
+        with pytest.raises(type(bug), match="a bug"), terminal.errors():
+            raise bug
 
 
 def test_json_that_cannot_be_written(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from lopt_fast.meta.evaluation.evaluate import Evaluator  # noqa: E402
 from lopt_fast.meta.evaluation.study import Learned, Plan, TaskSource  # noqa: E402
 from lopt_fast.meta.run import Report, Silent, run  # noqa: E402
 from lopt_fast.meta.tasks import Task  # noqa: E402
-from lopt_fast.spec import Spec, SpecError  # noqa: E402
+from lopt_fast.spec import Averages, Spec, SpecError  # noqa: E402
 
 TRAINED = [
     name for name, kind in ARCHITECTURES.items() if issubclass(kind, Architecture) and kind().theta_shapes
@@ -67,7 +67,7 @@ class Clock(Architecture):
         return {"rate": np.full(1, 0.1, np.float32), "wanted": np.zeros(1, np.float32)}
 
     def accumulates(self, name, shape):
-        return _NoAverages
+        return Averages()
 
     def init_shared(self, theta):
         return {"lengths": 0.0 * theta["rate"], "losses": 0.0 * theta["rate"]}
@@ -82,10 +82,6 @@ class Clock(Architecture):
             "losses": shared["losses"] + inputs.loss,
         }
         return Update(outputs, tensors.states, rows, seen)
-
-
-class _NoAverages:
-    momenta, second_moments, factored_moments = 0, 0, 0
 
 
 class Line(Task):

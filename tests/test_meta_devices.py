@@ -70,7 +70,7 @@ def test_processes_that_differ_are_refused() -> None:
         results = [end(process) for process in pair]
     for status, _, err in results:
         assert status == 1
-        assert "ValueError: the configuration of process 1 and of process 0 differ" in err
+        assert "DeviceError: the configuration of process 1 and of process 0 differ" in err
 
 
 def test_one_process_places_and_gathers() -> None:
@@ -110,7 +110,7 @@ def test_one_process_keeps_its_exceptions() -> None:
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(devices.DeviceError, match=message):
         devices.setup(**arguments)
     assert not jax.distributed.is_initialized()
 
@@ -118,7 +118,7 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
 def test_port_in_use() -> None:
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
-        with pytest.raises(ValueError, match=f"cannot listen at port {port} .*choose another port"):
+        with pytest.raises(devices.DeviceError, match=f"cannot listen at port {port} .*choose another port"):
             devices.setup(None, f"localhost:{port}", 2, 0)
 
 
@@ -141,7 +141,7 @@ def test_setup_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_uneven_population_names_the_remedy() -> None:
     mesh = devices.mesh()
-    with pytest.raises(ValueError, match=r"\(\) cannot be cut .* --devices"):
+    with pytest.raises(devices.DeviceError, match=r"\(\) cannot be cut .* --devices"):
         devices.shard(mesh, np.float32(1))
 
 

@@ -468,7 +468,7 @@ def test_command_plots(evaluated: tuple[Path, str, dict[str, Any]]) -> None:
         ("small_fc_lopt --task juggling", "juggling"),
         ("small_fc_lopt --tasks {tmp}/none.toml", "none.toml"),
         ("small_fc_lopt --tasks {tmp}/empty.toml", "no tasks"),
-        ("small_fc_lopt --tasks {tmp}/wrong.toml", "unknown table 'tasks'"),
+        ("small_fc_lopt --tasks {tmp}/wrong.toml", "tasks: unknown setting"),
         ("small_fc_lopt --tasks {tmp}/data.toml", "cifar10"),
         ("small_fc_lopt --tasks {tmp}/data.toml --data cifar10={tmp}", "no CIFAR-10"),
     ],
@@ -492,6 +492,8 @@ def test_tasks_of_a_file(tmp_path: Path) -> None:
     assert sources[1].task.reparametrisation is None
     assert sources[2].task.variants == ("a", "b")
     assert dict(sources[2].options) == {"kind": f"{Path(__file__)}:Other", "variants": ["a", "b"]}
+    (tmp_path / "tasks.toml").write_text(held_out)
+    assert [s.task.name for s in choices.read_tasks(tmp_path / "tasks.toml", [], {})] == ["other"]
 
 
 def test_paths_in_a_file_are_relative_to_it(tmp_path: Path) -> None:

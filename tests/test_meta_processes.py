@@ -24,7 +24,8 @@ pytest.importorskip("optax")
 pytest.importorskip("pydantic")
 pytest.importorskip("sklearn")
 
-STEPS = 150
+STEPS = 100
+KILLED_AT = 20
 CONFIG = f"""
 [estimator]
 name = "pes"
@@ -62,7 +63,7 @@ def meta_train(config: Path, out: Path, *options: str, processes: int = 1) -> It
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"},
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
         )
         for i in range(processes)
     ]
@@ -114,13 +115,13 @@ def test_killed_and_resumed_run_ends_with_the_weights_of_one_process(tmp_path: P
     config, out, alone = tmp_path / "toy.toml", tmp_path / "run", tmp_path / "alone"
     config.write_text(CONFIG)
     with meta_train(config, out, "--devices", "1", processes=2) as pair:
-        wait_for_step(out, STEPS // 3, pair)
+        wait_for_step(out, KILLED_AT, pair)
         pair[1].kill()
         status, text = end(pair[0])
     assert status == 75, text
     assert "process 1 was lost" in text
     assert "Start again with --resume, with any number of processes" in text
-    assert STEPS // 3 <= outer_step(out) < STEPS
+    assert KILLED_AT <= outer_step(out) < STEPS
     for folder, options in ((out, ["--resume"]), (alone, [])):
         with meta_train(config, folder, "--devices", "2", *options) as (process,):
             status, text = end(process)

@@ -128,7 +128,10 @@ def make_loop(
         ('[truncation]\nresets = "inside"\nmin_steps = 3\nsteps = 5', r"needs min_steps=3 of at least"),
         ("[optimizer]\nspec = { hidden_size = 1 }", r"optimizer\.spec: hidden_size=1"),
         ("[optimizer]\nspec = { width = 1 }", r"optimizer\.spec: .*width"),
-        ('[optimizer]\ntrain = ["lstm_*"]', r"optimizer\.train: .*'lstm_\*' is none of the meta-parameters w0, b0"),
+        (
+            '[optimizer]\ntrain = ["lstm_*"]',
+            r"optimizer\.train: .*'lstm_\*' is none of the meta-parameters w0, b0",
+        ),
         ("[optimizer]\ntrain = []", r"optimizer\.train: .*nothing would be trained"),
         ("[[task]]\nhidden = [3]", r"task\.0\.kind: Field required"),
         ("task = []", r"task: .*at least 1"),

@@ -15,7 +15,11 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton (Linux)")
 
+from lopt_fast.benchmark import resources, triton_resources
+
 TESTS = Path(__file__).parent
+KERNELS = TESTS.parent / "kernels/small_fc_lopt"
+OTHERS = ("sm_80", "sm_100", "gfx942")
 
 
 def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -44,48 +48,44 @@ def test_in_the_interpreter(chosen: str) -> None:
     assert not re.search(r"\d+ skipped", done.stdout), done.stdout
 
 
-def compiled(tmp_path: Path, *arguments: str) -> list[dict]:
-    """Rows of lopt_fast.benchmark.triton_resources, in a process and with a cache of its own."""
-    file = tmp_path / "rows.json"
-    done = run("-m", "lopt_fast.benchmark.triton_resources", *arguments, "--json", file)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(file.read_text())
+def compiled(*arguments: str) -> resources.Rows:
+    """The kernels of lopt_fast.benchmark.triton_resources, compiled and compared with the committed table."""
+    rows = resources.of_triton(*arguments)
+    table = resources.select(resources.read(KERNELS / "resources.json"), "triton")
+    worse = resources.compare(rows, table, partial=True)
+    assert not worse, "\n".join([*worse, f"{resources.ACCEPT} --backend triton"])
+    return rows
 
 
-def check(rows: list[dict]) -> None:
-    for row in rows:
-        what = f"{row['kernel']} ({row['instance']}) on {row['target']}"
-        assert row["spills"] == 0, f"{what} spills {row['spills']}"
-        assert 0 < row["registers"] <= (255 if row["target"].startswith("sm_") else 256), what
-        assert row["shared"] <= 48 * 1024, f"{what} takes {row['shared']} bytes of shared memory"
-        wide = row["kernel"] in ("square_sums", "factor_statistics", "feature_statistics", "apply")
-        narrow_block = "gathered" in row["instance"] or re.search(
-            r"width (8|16|32|64)|up to 32", row["instance"]
-        )
-        if wide and not narrow_block:
-            least = {"apply": 6, "feature_statistics": 6}.get(row["kernel"], 1)
-            if row["target"].startswith("sm_") and "bfloat16" not in row["instance"]:
-                assert row["vector_loads"] >= least, f"{what}: {row['vector_loads']} vector loads"
-        assert ("matmul" in row["instance"]) == (row["matrix_instructions"] > 0), what
+def check(rows: resources.Rows) -> None:
+    assert rows
+    for name, row in rows.items():
+        _, target, instance = name.split("/", 2)
+        nvidia, kernel = target.startswith("sm_"), instance.partition(",")[0]
+        assert row.spills == 0, f"{name} spills {row.spills}"
+        assert 0 < row.registers <= (255 if nvidia else 256), name
+        assert row.shared <= 48 * 1024, f"{name} takes {row.shared} bytes of shared memory"
+        wide = kernel in ("square_sums", "factor_statistics", "feature_statistics", "apply")
+        narrow_block = "gathered" in instance or re.search(r"width (8|16|32|64)|up to 32", instance)
+        if wide and not narrow_block and nvidia and "bfloat16" not in instance:
+            least = {"apply": 6, "feature_statistics": 6}.get(kernel, 1)
+            assert row.vector_loads >= least, f"{name}: {row.vector_loads} vector loads"
+        assert ("matmul" in instance) == (row.matrix > 0), name
 
 
 @pytest.mark.parametrize("part", ["statistics", "apply"])
-def test_every_kernel_compiles_without_spills(tmp_path: Path, part: str) -> None:
-    rows = compiled(tmp_path, "--target", "sm_90", "--only", part)
+def test_every_kernel_compiles_without_spills(part: str) -> None:
+    rows = compiled(part, ["sm_90"])
     check(rows)
     assert len(rows) >= 10
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
-def test_main_kernels_compile_for_other_targets(tmp_path: Path, target: str) -> None:
-    rows = compiled(tmp_path, "--target", target, "--only", "main")
+def test_main_kernels_compile_for_other_targets() -> None:
+    """`lopt-fast bench resources --backend triton` compares all."""
+    rows = compiled("main", OTHERS)
     check(rows)
-    assert {row["kernel"] for row in rows} >= {
-        "factor_statistics",
-        "feature_statistics",
-        "fold_factors",
-        "apply",
-    }
+    main = {", ".join(filter(None, instance)) for instance in triton_resources.MAIN}
+    assert rows.keys() == {f"triton/{target}/{instance}" for target in OTHERS for instance in main}
 
 
 def test_kernels_import_neither_torch_nor_jax() -> None:

@@ -43,9 +43,15 @@ def flatten(params: Any) -> tuple[tuple[Described, ...], list[Array], Any]:
                 f"{' or float64' if 'float64' in packed_dtypes() else ''}; cast it, or leave it out with optax.masked"
             )
         leaves.append(jnp.asarray(value, dtype))
-        joined = keystr(path, simple=True, separator="/")
+        joined = "/".join(_key(entry) for entry in path)
         described.append(Described(name, tuple(leaves[-1].shape), dtype, joined))
     return tuple(described), leaves, treedef
+
+
+def _key(entry: Any) -> str:
+    """One step of a path, without JAX's punctuation (keystr(simple=True), which JAX 0.5 does not have)."""
+    attributes = ("key", "idx", "name")  # of a dict, a sequence, a dataclass
+    return next((str(getattr(entry, name)) for name in attributes if hasattr(entry, name)), str(entry))
 
 
 def gradients(grads: Any, params: Any, treedef: Any, described: Sequence[Described]) -> list[Array | None]:

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from ..files import write_atomically
+from ..terminal import errors, stderr, write_json
 
 
 def meta_train(
@@ -46,8 +47,8 @@ def meta_train(
     Exit status: 0 finished, 2 settings, data or files that cannot be used, 75 another process was lost, 143 stopped
     by a signal.
     """
-    console = Console(stderr=True, highlight=False)
-    try:
+    console = stderr()
+    with errors(extra="meta"):
         if explain:
             from .config import explain as text
 
@@ -58,13 +59,8 @@ def meta_train(
         finished, numbers = _run(
             config, out, resume, data, console, (devices, coordinator, processes, process_id)
         )
-        if json is not None and process_id == 0:
-            from ..training.report import write_json
-
+        if process_id == 0:
             write_json(json, numbers)
-    except _refusals() as error:
-        console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
-        raise typer.Exit(2) from None
     if not finished:
         console.print(
             f"stopped and saved; go on with: lopt-fast meta-train {config} --out {out} --resume", markup=False
@@ -134,28 +130,3 @@ def _finish(config_path: Path, out: Path, outcome: Any, console: Console) -> Non
             else ""
         )
         console.print(f"wrote {path}{note}", markup=False)
-
-
-def _refusals() -> tuple[type[Exception], ...]:
-    """What the user can put right."""
-    try:
-        from ..data import DataError
-        from ..spec import SpecError
-        from .config import ConfigError
-        from .devices import LostProcess
-        from .estimators import EstimatorError
-        from .store import RunError
-        from .tasks.base import TaskError
-    except ImportError as error:
-        raise typer.BadParameter(f"meta-training needs pip install 'lopt_fast[meta]': {error}") from None
-    return (
-        ConfigError,
-        DataError,
-        EstimatorError,
-        LostProcess,
-        OSError,
-        RunError,
-        SpecError,
-        TaskError,
-        ValueError,
-    )

@@ -357,14 +357,13 @@ def read(path: Path) -> MetaTrainConfig:
         config = parse(path.read_text(encoding="utf-8"), str(path))
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not a text file: {error}") from None
-
-    return config.model_copy(
-        update={
-            "data": {name: beside(path, where) for name, where in config.data.items()},
-            "task": tuple(table.beside(path) for table in config.task),
-            "held_out": tuple(table.beside(path) for table in config.held_out),
-        }
-    )
+    absolute = {
+        "data": {name: beside(path, where) for name, where in config.data.items()},
+        "task": tuple(table.beside(path) for table in config.task),
+        "held_out": tuple(table.beside(path) for table in config.held_out),
+    }
+    given = config.model_fields_set  # which the copy has too: the evaluation does not want the default task
+    return config.model_copy(update={name: value for name, value in absolute.items() if name in given})
 
 
 def beside(file: Path, where: str) -> str:

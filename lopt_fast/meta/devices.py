@@ -17,11 +17,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .. import __version__
-from .processes import LOST_STATUS, LostProcess, check_arguments, guard, join
+from .processes import LOST_STATUS, DeviceError, LostProcess, check_arguments, guard, join
 
 __all__ = [
-    "LOST_STATUS", "PAIRS", "LostProcess", "any_process", "check_same", "gather", "guard", "is_first", "mesh",
-    "replicate", "setup", "shard", "usable_cores",
+    "LOST_STATUS", "PAIRS", "DeviceError", "LostProcess", "any_process", "check_same", "gather", "guard", "is_first",
+    "mesh", "replicate", "setup", "shard", "usable_cores",
 ]  # fmt: skip
 
 PAIRS = "pairs"
@@ -53,12 +53,12 @@ def setup(
     (Slurm, Open MPI, Kubernetes). Needed with several processes alone; process_id counts from 0.
     start_timeout: seconds to wait for the others. heartbeat_timeout: seconds after which a silent process is lost.
 
-    Raises ValueError for arguments that make no sense, a port in use or a coordinator that is not there, RuntimeError
+    Raises DeviceError for arguments that make no sense, a port in use or a coordinator that is not there, RuntimeError
     if JAX has begun to compute. If not all processes arrive, this process ends with a message and status 1.
     """
     global _devices
     if devices is not None and devices < 1:
-        raise ValueError(f"the number of devices is {devices}: at least one is needed")
+        raise DeviceError(f"the number of devices is {devices}: at least one is needed")
     check_arguments(coordinator, processes, process_id)
     _be_patient()
     try:
@@ -81,7 +81,7 @@ def mesh() -> Mesh:
     """All devices of all processes, those of a process side by side, along the axis `PAIRS`."""
     count = len(jax.local_devices())
     if _devices not in (None, count):
-        raise ValueError(f"{_devices} devices asked for, but process {jax.process_index()} has {count}")
+        raise DeviceError(f"{_devices} devices asked for, but process {jax.process_index()} has {count}")
     return Mesh(np.array(sorted(jax.devices(), key=lambda d: (d.process_index, d.id))), (PAIRS,))
 
 
@@ -98,12 +98,12 @@ def replicate(mesh: Mesh, tree: Pytree) -> Pytree:
 def shard(mesh: Mesh, tree: Pytree) -> Pytree:
     """`tree` cut along the leading axis of each leaf, a slice on each device. Host values, the same in all processes.
 
-    Raises ValueError if a leading axis cannot be cut into equal slices.
+    Raises DeviceError if a leading axis cannot be cut into equal slices.
     """
     for leaf in jax.tree.leaves(tree):
         if np.ndim(leaf) == 0 or len(leaf) % mesh.size != 0:
             shape = np.shape(leaf)
-            raise ValueError(
+            raise DeviceError(
                 f"an array of shape {shape} cannot be cut into {mesh.size} equal slices along its first axis: "
                 "the number of devices of all processes must divide the number of pairs (see --devices)"
             )
@@ -121,14 +121,14 @@ def any_process(flag: bool) -> bool:
 
 
 def check_same(what: str, value: str) -> None:
-    """Raise ValueError, naming `what`, unless all processes give the same value. All must call this together."""
+    """Raise DeviceError, naming `what`, unless all processes give the same value. All must call this together."""
     if jax.process_count() == 1:
         return
     digest = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8)
     digests = _of_all_processes(digest)
     differ = (digests != digests[0]).any(axis=1).nonzero()[0]
     if differ.size:
-        raise ValueError(
+        raise DeviceError(
             f"{what} of process {differ[0]} and of process 0 differ: all processes of a run need the same"
         )
 

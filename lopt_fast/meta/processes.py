@@ -23,6 +23,8 @@ from typing import Any, NoReturn
 import jax
 from jax._src import distributed  # for the key-value store, which has no public name
 
+from ..errors import UserError
+
 LOST_STATUS = os.EX_TEMPFAIL
 """Exit status (75) of a process that ends because another one was lost: the same command with --resume continues."""
 
@@ -34,8 +36,12 @@ _ENDS = "lopt_fast/ends/"
 """Where each process that ends before its time leaves the reason, in the key-value store of process 0."""
 
 
-class LostProcess(RuntimeError):
+class LostProcess(UserError, RuntimeError):
     """Another process of the run is gone, so that this one cannot continue."""
+
+
+class DeviceError(UserError, ValueError):
+    """Devices or processes that cannot run together as asked; names the option and the remedy."""
 
 
 @contextlib.contextmanager
@@ -60,19 +66,19 @@ def guard() -> Iterator[None]:
 
 
 def check_arguments(coordinator: str | None, processes: int, process_id: int) -> None:
-    """Raise ValueError, naming the option, for arguments that make no sense and for a port in use."""
+    """Raise DeviceError, naming the option, for arguments that make no sense and for a port in use."""
     if coordinator == "auto":
         return
     if coordinator is None and processes != 1:
-        raise ValueError(f"{processes} processes need --coordinator HOST:PORT, the address of process 0")
+        raise DeviceError(f"{processes} processes need --coordinator HOST:PORT, the address of process 0")
     if not 0 <= process_id < processes:
-        raise ValueError(
+        raise DeviceError(
             f"--process-id is {process_id}: with --processes {processes} it goes from 0 to {processes - 1}"
         )
     if coordinator is not None:
         host, _, port = coordinator.rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-            raise ValueError(
+            raise DeviceError(
                 f"--coordinator is {coordinator!r}: it must be HOST:PORT, the address of process 0"
             )
         if process_id == 0:
@@ -108,7 +114,7 @@ def join(
             **arguments, initialization_timeout=2 * start_timeout, heartbeat_timeout_seconds=heartbeat_timeout
         )
     except ValueError as error:
-        raise ValueError(
+        raise DeviceError(
             f"--coordinator {coordinator}: JAX could not start the processes: {error}"
         ) from error
     finally:
@@ -124,7 +130,7 @@ def _check_port_is_free(port: int) -> None:
             ("", port), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual
         ).close()
     except OSError as error:
-        raise ValueError(
+        raise DeviceError(
             f"process 0 cannot listen at port {port} ({os.strerror(error.errno or 0)}): choose another port for "
             "--coordinator, and let no two processes be --process-id 0"
         ) from error
@@ -142,7 +148,7 @@ def _wait_for(coordinator: str, seconds: float) -> None:
             return _connect_to(coordinator)
         except OSError as error:
             if time.monotonic() > deadline:
-                raise ValueError(
+                raise DeviceError(
                     f"process 0 did not answer at {coordinator} within {seconds:g} s ({error}): start it with the "
                     "same --coordinator, and see that this host may connect to that port"
                 ) from error

@@ -25,6 +25,7 @@ import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from ..checkpoint import Checkpoint
+from ..errors import UserError
 from ..files import write_atomically
 from .config import ConfigError, MetaTrainConfig, from_json
 
@@ -32,7 +33,7 @@ _PROGRESS = "progress"
 _MAY_CHANGE = ("checkpoint", "data", "name")  # settings that do not change what a run computes
 
 
-class RunError(RuntimeError):
+class RunError(UserError, RuntimeError):
     """A run that cannot begin or go on; names the folder or file and the remedy."""
 
 

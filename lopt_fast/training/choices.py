@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..checkpoint import Checkpoint, load
+from ..errors import UserError
 from ..spec import SpecError, Statistics
 
 BASELINES: dict[str, tuple[float, float]] = {"adamw": (1e-3, 0.01), "sgdm": (1e-2, 0.0)}
@@ -21,7 +22,7 @@ _GRIDS: dict[str, tuple[float, ...]] = {
 _TEXT = re.compile(r"^(?P<name>.+?)(?P<best>:best)?(@(?P<options>\w+=[^@]*))?$")
 
 
-class TrainingError(ValueError):
+class TrainingError(UserError, ValueError):
     """A task, optimizer or option that cannot be used; names it and the remedy."""
 
 

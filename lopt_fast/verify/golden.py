@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..architectures.base import Architecture
+from ..errors import UserError
 from ..published import FAMILIES
 from ..published.small_fc import DECAYS, fixed_decays, spec_of
 from ..spec import Spec, SpecError
@@ -20,7 +21,7 @@ Arrays = dict[str, np.ndarray]
 _READ_OUT = 1024.0  # a power of two, large enough that the rounding of the parameter does not count
 
 
-class GoldenError(ValueError):
+class GoldenError(UserError, ValueError):
     """A golden file that cannot be read or replayed, or a framework that is missing; names it and the reason."""
 
 

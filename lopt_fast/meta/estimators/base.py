@@ -15,11 +15,13 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
+from ...errors import UserError
+
 Pytree: TypeAlias = Any
 Key: TypeAlias = jax.Array
 
 
-class EstimatorError(ValueError):
+class EstimatorError(UserError, ValueError):
     """An estimator that cannot be used as asked; names the culprit and the remedy."""
 
 

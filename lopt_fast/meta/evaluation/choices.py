@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
 from ...checkpoint import load
+from ...errors import UserError
 from ...spec import Statistics
-from ..config import MetaTrainConfig, TaskTable, beside
+from ..config import read
 from ..tasks import make
 from .baselines import BASELINES
 from .study import Learned, TaskSource
@@ -28,18 +26,8 @@ DEFAULT_TASKS: dict[str, dict[str, Any]] = {
 _WEIGHTS = ("best.safetensors", "weights.safetensors")  # of a meta-training run, the better ones first
 
 
-class EvaluationError(ValueError):
+class EvaluationError(UserError, ValueError):
     """Something that cannot be evaluated as asked; names the culprit and the remedy."""
-
-
-class _TaskFile(BaseModel):
-    """The tables of a meta-training configuration that matter here; the others are left alone."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    task: tuple[TaskTable, ...] = ()
-    held_out: tuple[TaskTable, ...] = ()
-    data: dict[str, str] = {}
 
 
 def read_learned(
@@ -74,14 +62,17 @@ def read_learned(
 def read_tasks(file: Path | None, kinds: Sequence[str], paths: Mapping[str, str]) -> list[TaskSource]:
     """The tasks of `file` and those of `kinds`; without either the default ones. Re-parametrisations are left out.
 
-    Raises EvaluationError, TaskError, DataError, OSError.
+    Raises EvaluationError, ConfigError, TaskError, DataError, OSError.
     """
     tables = [(kind, DEFAULT_TASKS.get(kind, {})) for kind in kinds]
     found = dict(paths)
     if file is not None:
-        tasks = _read(file)
-        found = {**{name: beside(file, where) for name, where in tasks.data.items()}, **found}
-        tables += [(t.beside(file).kind, t.options) for t in (*tasks.task, *tasks.held_out)]
+        config = read(file)
+        given = (*(config.task if "task" in config.model_fields_set else ()), *config.held_out)
+        if not given:
+            raise EvaluationError(f"{file}: no tasks: add a table [[task]] with a kind")
+        found = {**config.data, **found}
+        tables += [(table.kind, table.options) for table in given]
     folders = {name: Path(path) for name, path in found.items()}
     return [
         TaskSource(make(kind, options, folders), {"kind": kind, **options})
@@ -108,22 +99,3 @@ def read_numbers(option: str, text: str, kind: type[int] | type[float]) -> list[
         words = "whole numbers" if kind is int else "numbers"
         raise EvaluationError(f"{option} {text}: give positive {words} separated by commas")
     return list(numbers)
-
-
-def _read(file: Path) -> _TaskFile:
-    try:
-        values = tomllib.loads(file.read_text(encoding="utf-8"))
-        tasks = _TaskFile.model_validate(values)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise EvaluationError(f"{file}: not TOML: {error}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise EvaluationError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    unknown = sorted(values.keys() - MetaTrainConfig.model_fields.keys())
-    if unknown:
-        raise EvaluationError(
-            f"{file}: unknown table {unknown[0]!r}: tasks are [[task]] and [[held_out]], paths [data]"
-        )
-    if not tasks.task and not tasks.held_out:
-        raise EvaluationError(f"{file}: no tasks: add a table [[task]] with a kind")
-    return tasks

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from ...terminal import errors, stderr, stdout, write_json
 
 _QUICK = {"steps": 200, "seeds": 2, "rates": 7, "draws": 16}
 _USUAL = {"steps": 2000, "seeds": 5, "rates": 15, "draws": 50}
@@ -97,9 +98,9 @@ def eval_command(
 
     All optimizers train the same networks on the same batches. How to read the tables: docs/evaluation.md.
     """
-    from ...cli import _fail, _out, _write_json
-
-    try:
+    given = {"steps": steps, "seeds": seeds, "rates": rates, "draws": draws}
+    usual = _QUICK if quick else _USUAL
+    with errors(extra="meta"):
         from .. import devices as local
 
         local.setup(devices)
@@ -109,13 +110,7 @@ def eval_command(
         from .comparison import compare
         from .study import Plan
         from .tuning import Cache, default_folder
-    except ImportError as error:
-        _fail(f"evaluation needs pip install 'lopt_fast[meta]': {error}")
-    except ValueError as error:  # more devices than there are
-        _fail(str(error))
-    given = {"steps": steps, "seeds": seeds, "rates": rates, "draws": draws}
-    usual = _QUICK if quick else _USUAL
-    try:
+
         plan = Plan(
             **{name: usual[name] if value is None else value for name, value in given.items()},
             horizons=tuple(int(x) for x in choices.read_numbers("--horizons", horizons, int)),
@@ -127,13 +122,11 @@ def eval_command(
         sources = choices.read_tasks(tasks, task, read_sources(data))
         out.mkdir(parents=True, exist_ok=True)
         kept = Cache(cache or default_folder())
-        with _progress() as started:
+        with progress() as started:
             study = compare(sources, learned, plan, kept, started)
         written, no_plots = report.save(study, out)
-        _write_json(json, report.to_dict(study))
-    except _refusals() as error:
-        _fail(str(error))
-    console = _out()
+        write_json(json, report.to_dict(study))
+    console = stdout()
     for table in report.tables(study):
         console.print(table)
     console.print(report.wins(study), markup=False, soft_wrap=True)
@@ -143,27 +136,14 @@ def eval_command(
         console.print(no_plots, markup=False, soft_wrap=True)
 
 
-def _refusals() -> tuple[type[Exception], ...]:
-    """What the user can put right."""
-    from ...backends import BackendError
-    from ...data import DataError
-    from ...spec import SpecError
-    from ..config import ConfigError
-    from ..tasks import TaskError
-    from .choices import EvaluationError
-
-    return BackendError, ConfigError, DataError, EvaluationError, OSError, SpecError, TaskError
-
-
 @contextmanager
-def _progress() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
+def progress() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
     """A bar on the terminal's error output, over the inner steps of what runs at the moment."""
     columns = (
         TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
     )  # fmt: skip
-    console = Console(stderr=True, highlight=False)
     with Progress(
-        *columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False
+        *columns, console=stderr(), transient=True, redirect_stdout=False, redirect_stderr=False
     ) as bars:
         shown = bars.add_task("", visible=False)
 

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
+from ...errors import UserError
+
 Params: TypeAlias = Any
 Batch: TypeAlias = Any
 Data: TypeAlias = Any
@@ -17,7 +19,7 @@ Key: TypeAlias = jax.Array
 Level: TypeAlias = Literal["global", "tensor", "parameter"]
 
 
-class TaskError(ValueError):
+class TaskError(UserError, ValueError):
     """A task that cannot be made or used; names the culprit and the remedy."""
 
 
