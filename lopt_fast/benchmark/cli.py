@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
-from rich.console import Console
+from rich.markdown import Markdown
 
-from ..backends import BackendError, choose
-from ..spec import Spec, SpecError, Statistics
+from ..backends import choose
+from ..spec import Spec, Statistics
+from ..terminal import errors, stderr, stdout
 from . import (
     BenchmarkError,
     architectures,
@@ -28,6 +28,8 @@ from . import (
     records,
     report,
     resources,
+    scaling,
+    tradeoff,
     update,
     width,
     workloads,
@@ -64,22 +66,11 @@ Gradients = Annotated[
     ),
 ]
 
-_console = Console(stderr=True)
 Value = TypeVar("Value")
 
 
 def _say(text: str) -> None:
-    _console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
-
-
-@contextmanager
-def _errors() -> Iterator[None]:
-    """What the user can put right is one line and exit status 2."""
-    try:
-        yield
-    except (BenchmarkError, SpecError, BackendError) as error:
-        _console.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
-        raise typer.Exit(2) from error
+    stderr().print(text, style="dim", markup=False, soft_wrap=True)
 
 
 def _list(option: str, text: str, read: Callable[[str], Value]) -> list[Value]:
@@ -129,8 +120,17 @@ def _finish(
     record = records.record(benchmark, results, threads=config.threads, options=options, load_average=load)
     if file is not None:
         records.write(file, record)
-    typer.echo(report.render(record))
+    _print(report.render(record))
     return record
+
+
+def _print(text: str) -> None:
+    """Markdown, drawn where a terminal shows it."""
+    console = stdout()
+    if console.is_terminal:
+        console.print(Markdown(text))
+    else:
+        typer.echo(text)
 
 
 def _plot(draw: Callable[[Mapping[str, Any], Path], None], record: Mapping[str, Any], target: Path) -> None:
@@ -172,7 +172,7 @@ def update_command(
     json: Json = None,
 ) -> None:
     """One step against torch AdamW (fused, foreach), optax AdamW and framework code."""
-    with _errors():
+    with errors():
         config = _config(threads, backend, donate_gradients)
         load = _load()
         budget = update.Budget(seconds=seconds, slowest_step=slowest_step, rounds=rounds, burst=burst)
@@ -201,7 +201,7 @@ def passes_command(
     json: Json = None,
 ) -> None:
     """Each pass alone with its bytes and GB/s, against a measured copy."""
-    with _errors():
+    with errors():
         config = _config(threads)
         load = _load()
         results = passes.run(
@@ -231,7 +231,7 @@ def width_command(
     json: Json = None,
 ) -> None:
     """The cost of the width: fused, framework matmul, framework element-wise (the paper's Figure 3b)."""
-    with _errors():
+    with errors():
         config = _config(threads, backend)
         load = _load()
         results = width.run(
@@ -260,7 +260,7 @@ def memory_command(
     json: Json = None,
 ) -> None:
     """Peak memory during a step: no temporary may grow with the number of parameters."""
-    with _errors():
+    with errors():
         config = _config(threads, backend, donate_gradients)
         chosen = _list("--framework", framework, _framework)
         results: list[dict[str, Any]] = []
@@ -288,7 +288,7 @@ def peers_command(
     json: Json = None,
 ) -> None:
     """google/learned_optimization and PyLO with the same meta-parameters, when they can be imported."""
-    with _errors():
+    with errors():
         config = _config(threads, backend)
         load = _load()
         results = peers.run(
@@ -312,7 +312,7 @@ def meta_command(
     json: Json = None,
 ) -> None:
     """Meta-training: inner steps a second and seconds to compile."""
-    with _errors():
+    with errors():
         config = _config(None)
         load = _load()
         counts = _list("--devices", devices or ",".join(map(str, sorted({1, config.threads}))), int)
@@ -333,7 +333,7 @@ def architectures_command(
     json: Json = None,
 ) -> None:
     """A step of every architecture in PyTorch, against AdamW and against its own operations."""
-    with _errors():
+    with errors():
         config = _config(threads)
         load = _load()
         results = architectures.run(
@@ -341,6 +341,99 @@ def architectures_command(
             threads=config.threads, seconds=seconds, backend=backend, say=_say,
         )  # fmt: skip
         _finish("architectures", results, config, {"backend": backend, "dtype": "float32"}, load, json)
+
+
+@app.command("scaling")
+def scaling_command(
+    architecture: Annotated[str, typer.Option(help="Names by commas.")] = ",".join(architectures.names()),
+    widths: Annotated[str, typer.Option(help="Units of hidden layers, by commas.")] = scaling.WIDTHS,
+    depths: Annotated[str, typer.Option(help="Layers, by commas.")] = scaling.DEPTHS,
+    layers: Annotated[int, typer.Option(help="Layers of the models of different widths.")] = 4,
+    width_: Annotated[int, typer.Option("--width", help="Units in the models of different depths.")] = 256,
+    seconds: Annotated[
+        float, typer.Option(min=0, help="How long each row is measured; three steps at least.")
+    ] = 1.0,
+    slowest_step: Annotated[
+        float, typer.Option(help="Leave out steps that take more than this, in seconds.")
+    ] = 5.0,
+    threads: Threads = None,
+    backend: Backend = "auto",
+    plot: Annotated[Path | None, typer.Option(help="PNG; by default beside --json, or scaling.png.")] = None,
+    json: Json = None,
+) -> None:
+    """A step of every optimizer in PyTorch by number of parameters and by depth."""
+    with errors():
+        config = _config(threads)
+        load = _load()
+        sizes = scaling.Sizes(_list("--widths", widths, int), _list("--depths", depths, int), layers, width_)
+        results = scaling.run(
+            _list("--architecture", architecture, str), sizes,
+            threads=config.threads, seconds=seconds, slowest_step=slowest_step, backend=backend, say=_say,
+        )  # fmt: skip
+        options = {**asdict(sizes), "seconds": seconds, "slowest_step": slowest_step, "backend": backend}
+        record = _finish("scaling", results, config, options | {"dtype": "float32"}, load, json)
+        _plot(scaling.plot, record, plot or (json.with_suffix(".png") if json else Path("scaling.png")))
+
+
+@app.command("tradeoff")
+def tradeoff_command(
+    evaluation: Annotated[
+        Path | None,
+        typer.Option(
+            "--eval",
+            metavar="FILE_OR_FOLDER",
+            help="results.json of `lopt-fast eval`, or its folder. Without it the evaluation is made first.",
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        list[str],
+        typer.Option(help="Weights beside the shipped ones: a file, or the folder of a run; repeat it."),
+    ] = [],  # noqa: B006  (typer wants a list)
+    tasks: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.toml", help="Tasks of the evaluation, as in `lopt-fast eval`."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=10, help="Inner steps of the evaluation.")] = 2000,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of the evaluation.")] = 5,
+    draws: Annotated[int, typer.Option(min=1, help="Draws from the search space of NAdamW.")] = 50,
+    size: Annotated[
+        str, typer.Option(help="What a step is timed on, as in `bench update`, or perceptron.")
+    ] = "10:1024x1024",
+    seconds: Annotated[float, typer.Option(min=0, help="How long each optimizer is timed.")] = 3.0,
+    threads: Threads = None,
+    backend: Backend = "auto",
+    plot: Annotated[Path | None, typer.Option(help="PNG; by default beside --json, or tradeoff.png.")] = None,
+    json: Json = None,
+) -> None:
+    """Time and memory of a step against the training loss: shipped weights and tuned baselines."""
+    with errors(extra="meta"):
+        config = _config(threads)
+        load = _load()
+        architectures.use_torch(config.threads)  # what cannot be is refused before anything has been computed
+        architectures.shapes_of(size)
+        learned = tradeoff.read_learned(checkpoint)
+        if evaluation is None:
+            from ..meta import devices
+            from ..meta.evaluation.command import progress
+            from ..meta.evaluation.study import Plan
+
+            devices.setup()
+            devices.mesh()
+            with progress() as started:
+                plan = Plan(steps=steps, seeds=seeds, draws=draws, timing=False)
+                losses = tradeoff.evaluate(learned, tasks, plan, started)
+        else:
+            losses = tradeoff.read_evaluation(evaluation)
+        results = tradeoff.run(
+            *tradeoff.entries(losses, learned), size,
+            threads=config.threads, seconds=seconds, backend=backend, say=_say,
+        )  # fmt: skip
+        options = {
+            "eval": None if evaluation is None else str(evaluation), "steps": losses["steps"],
+            "seeds": losses["seeds"], "size": size, "seconds": seconds, "backend": backend, "dtype": "float32",
+        }  # fmt: skip
+        record = _finish("tradeoff", results, config, options, load, json)
+        _plot(tradeoff.plot, record, plot or (json.with_suffix(".png") if json else Path("tradeoff.png")))
 
 
 @app.command("estimators")
@@ -363,7 +456,7 @@ def estimators_command(
     json: Json = None,
 ) -> None:
     """Variance of the meta-gradient per inner step: full and truncated ES, PES, noise reuse. No times are taken."""
-    with _errors():
+    with errors():
         config = _config(threads)
         problem = estimators.Problem(unroll=unroll, pairs=pairs, std=std, checkpoint=checkpoint, seed=seed)
         results = estimators.run(
@@ -389,7 +482,7 @@ def gpu_command(
     ] = None,
 ) -> None:
     """Everything on an NVIDIA GPU: models, passes, widths, framework code, peers, JAX, training steps."""
-    with _errors():
+    with errors():
         if check:
             typer.echo(gpu.describe())
             return
@@ -428,7 +521,7 @@ def resources_command(
     json: Json = None,
 ) -> None:
     """Registers, spills, vector loads and tensor-core instructions of the compiled GPU kernels (no GPU needed)."""
-    with _errors():
+    with errors():
         file = resources.default_table() if table is None else table
         expected = resources.read(file) if file.exists() or not update else {}
         accepted = dict(expected)
@@ -478,7 +571,7 @@ def report_command(
     summary: Annotated[bool, typer.Option(help="Of update records the short table alone.")] = False,
 ) -> None:
     """Print records as tables in Markdown."""
-    with _errors():
+    with errors():
         for record in [records.read(file) for file in files]:
             if summary and record["benchmark"] == "update":
                 typer.echo(f"{report.summary(record)}\n\n{report.origin(record)}\n")

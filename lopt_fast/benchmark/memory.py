@@ -13,13 +13,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from . import BenchmarkError, contenders
-from .contenders import Config, Contender, Framework, Kind
+from .contenders import Config, Framework, Kind
 from .workloads import Workload, parse
 
 MEASURED_STEPS = 4
@@ -47,24 +47,23 @@ def peak_increase(step: Callable[[], object]) -> int:
     return max(0, _status("VmHWM") - before)
 
 
-def probe(contender: Contender) -> int:
-    """Largest of a few steps, after two that may allocate state and thread pools."""
+def probe(step: Callable[[], object], prepare: Callable[[], object] = lambda: None) -> int:
+    """Largest increase of a few steps, each after `prepare`; two before them may allocate state and thread pools."""
     for _ in range(2):
-        contender.prepare(1)
-        contender.run(1)
+        prepare()
+        step()
     increases = []
     for _ in range(MEASURED_STEPS):
-        contender.prepare(1)
-        increases.append(peak_increase(lambda: contender.run(1)))
+        prepare()
+        increases.append(peak_increase(step))
     return max(increases)
 
 
-def _probe_in_subprocess(framework: Framework, kind: Kind, config: Config, workload: Workload) -> int:
-    request = json.dumps(
-        {"framework": framework, "kind": kind, "config": asdict(config), "workload": workload.label}
-    )
+def in_subprocess(module: str, request: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """What `python -m module` prints as its last line, JSON, when it is given `request`. Its malloc returns large
+    blocks. Raises BenchmarkError with `what` if it fails."""
     done = subprocess.run(
-        [sys.executable, "-m", __name__, request],
+        [sys.executable, "-m", module, json.dumps(request)],
         env=os.environ | _MALLOC,
         capture_output=True,
         text=True,
@@ -72,8 +71,15 @@ def _probe_in_subprocess(framework: Framework, kind: Kind, config: Config, workl
     )
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-        raise BenchmarkError(f"memory of {framework}/{kind} at {workload.label}: {last[0]}")
-    return int(json.loads(done.stdout.splitlines()[-1])["bytes"])
+        raise BenchmarkError(f"{what}: {last[0]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _probe_in_subprocess(framework: Framework, kind: Kind, config: Config, workload: Workload) -> int:
+    request = {"framework": framework, "kind": kind, "config": asdict(config), "workload": workload.label}
+    found = in_subprocess(__name__, request, f"memory of {framework}/{kind} at {workload.label}")
+    return int(found["bytes"])
 
 
 def _main(request: str) -> None:
@@ -85,7 +91,7 @@ def _main(request: str) -> None:
     contender = contenders.builder(asked["framework"], asked["kind"], config)(
         *parse(asked["workload"]).values
     )
-    print(json.dumps({"bytes": probe(contender)}))
+    print(json.dumps({"bytes": probe(lambda: contender.run(1), lambda: contender.prepare(1))}))
 
 
 def run(

@@ -19,7 +19,10 @@ from ..files import write_atomically
 from . import BenchmarkError
 
 SCHEMA = 1
-BENCHMARKS = ("update", "passes", "width", "memory", "peers", "gpu", "estimators", "meta", "architectures")
+BENCHMARKS = (
+    "update", "passes", "width", "memory", "peers", "gpu", "estimators", "meta", "architectures", "scaling",
+    "tradeoff",
+)  # fmt: skip
 _PACKAGES = ("lopt_fast", "torch", "triton", "jax", "jaxlib", "optax", "numpy")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 

@@ -298,6 +298,80 @@ def architectures(record: Record) -> str:
     return table(header, rows)
 
 
+def scaling(record: Record) -> str:
+    """Seconds of a step, and its share outside of operations; a table for each series, a row for each optimizer."""
+    from .scaling import ADAMW, Model, adamw, panels, short
+
+    rows = record["results"]
+    found = {(row["architecture"], Model(row["width"], row["layers"])): row for row in rows}
+    rival = adamw(rows)
+    parts = []
+    for title, unit, models in panels(record):
+        header = ["optimizer"]
+        header += [f"{m.width if unit == 'parameters' else m.layers} ({short(m.parameters)})" for m in models]
+        lines = []
+        for name in dict.fromkeys(row["architecture"] for row in rows):
+            cells = []
+            for model in models:
+                row = found.get((name, model), {"skipped": ""})
+                share = row.get("share_outside_operations")
+                percent = "" if share is None else f" ({100 * share:.0f}%)"
+                cells.append("" if "skipped" in row else seconds(row["step"]["median"]) + percent)
+            lines.append([name, *cells])
+        lines.append([ADAMW, *(seconds(rival[m]) if m in rival else "" for m in models)])
+        parts.append(f"{title}:\n\n{table(header, lines)}")
+    missing = [
+        f"- {row['architecture']}, {Model(row['width'], row['layers']).label}: {row['skipped']}"
+        for row in rows
+        if "skipped" in row
+    ]
+    parts += ["Not measured:\n\n" + "\n".join(missing)] if missing else []
+    parts.append(
+        "In brackets: what is not spent in operations, but in the network over tensors, Python and PyTorch."
+    )
+    return "\n\n".join(parts)
+
+
+def tradeoff(record: Record) -> str:
+    """Loss, time and memory, a row for each optimizer, the smallest loss first."""
+    header = [
+        "optimizer",
+        "mean loss / initial",
+        "step",
+        "ns/param.",
+        "vs AdamW fused",
+        "state",
+        "temporary",
+        "by",
+    ]
+    rows = [
+        [
+            r["optimizer"],
+            f"{r['meta_loss']:.4f}",
+            seconds(r["step"]["median"]),
+            digits(r["ns_per_parameter"]),
+            ratio(r["vs_adamw"]),
+            f"{r['state_bytes_per_parameter']:.1f} B",
+            f"{r['temporary_bytes_per_parameter']:.1f} B",
+            r["backend"],
+        ]
+        for r in sorted(measured(record), key=lambda r: r["meta_loss"])
+    ]
+    missing = [f"- {r['optimizer']}: {r['skipped']}" for r in record["results"] if "skipped" in r]
+    options = record["options"]
+    note = (
+        f"Mean training loss over initial loss, geometric mean over the tasks, {options['steps']} steps. Step on "
+        f"{options['size']}; bytes per parameter of the state, and the most that a step allocates beside it."
+    )
+    parts = [table(header, rows), note]
+    return "\n\n".join(parts + (["Not measured:\n\n" + "\n".join(missing)] if missing else []))
+
+
+def measured(record: Record) -> list[Record]:
+    """The results that are not there as skipped."""
+    return [r for r in record["results"] if "skipped" not in r]
+
+
 def render(record: Record) -> str:
     """The record's tables, then where they come from."""
     kind = record["benchmark"]
@@ -313,6 +387,10 @@ def render(record: Record) -> str:
         body = meta(record)
     elif kind == "architectures":
         body = architectures(record)
+    elif kind == "scaling":
+        body = scaling(record)
+    elif kind == "tradeoff":
+        body = tradeoff(record)
     else:
         body = comparisons(record)
         if kind == "update":
