@@ -10,6 +10,7 @@
 
 #include "csrc/gpu.h"
 #include "csrc/gpu_python.h"
+#include "kernels/common/cuda_operations.h"
 #include "kernels/small_fc_lopt/cuda.h"
 #include "kernels/small_fc_lopt/gpu.h"
 
@@ -66,7 +67,19 @@ const char* launch(const GpuLaunch& launch, void* stream) {
   return "no kernel for this width";
 }
 
-constexpr GpuDevice kDevice = {kGpuAbi, "cuda", properties, clear, launch, copy, current};
+const char* launch_operation(const OperationLaunch& launch, void* stream) {
+  switch (launch.phase) {
+    case OperationPhase::adam:
+      return launch_adam(launch, stream);
+    case OperationPhase::spreads:
+    case OperationPhase::merge:
+      return launch_statistics(launch, stream);
+    default:
+      return launch_element_mlp(launch, stream);
+  }
+}
+
+constexpr GpuDevice kDevice = {kGpuAbi, "cuda", properties, clear, launch, copy, current, launch_operation};
 
 // Why the kernels cannot run on a device, or nothing.
 std::optional<std::string> problem(int32_t ordinal) {

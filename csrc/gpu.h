@@ -79,19 +79,21 @@ struct GpuProperties {
   int64_t l2_bytes;
 };
 
-struct GpuLaunch;  // kernels/small_fc_lopt/gpu.h
+struct GpuLaunch;        // kernels/small_fc_lopt/gpu.h
+struct OperationLaunch;  // kernels/common/gpu_operations.h
 
 // What a module that can launch the kernels offers. Functions return null, or what went wrong (a static
 // string).
-constexpr int32_t kGpuAbi = 1;
+constexpr int32_t kGpuAbi = 2;
 struct GpuDevice {
   int32_t abi;  // kGpuAbi
   const char* name;
   const char* (*properties)(int32_t ordinal, GpuProperties* out);
-  const char* (*clear)(void* memory, size_t bytes, void* stream);               // sets to zero
-  const char* (*launch)(const GpuLaunch& launch, void* stream);                 // on the current device
-  const char* (*copy)(void* to, const void* from, size_t bytes, void* stream);  // device to device
-  const char* (*current)(int32_t* ordinal);                                     // the current device
+  const char* (*clear)(void* memory, size_t bytes, void* stream);                // sets to zero
+  const char* (*launch)(const GpuLaunch& launch, void* stream);                  // on the current device
+  const char* (*copy)(void* to, const void* from, size_t bytes, void* stream);   // device to device
+  const char* (*current)(int32_t* ordinal);                                      // the current device
+  const char* (*launch_operation)(const OperationLaunch& launch, void* stream);  // on the current device
 };
 
 // Bytes of device memory that a step needs while it runs: O(rows + columns), and sums for each tile. Aligned

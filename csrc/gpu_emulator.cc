@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include "csrc/gpu_operations.h"
 #include "kernels/small_fc_lopt/gpu_matmul.h"
 
 namespace lopt {
@@ -161,12 +162,18 @@ const char* current(int32_t* ordinal) {
   return nullptr;
 }
 
+const char* launch_operation(const OperationLaunch& launch, void*) {
+  settings.launches += 1;
+  return emulate_operation(launch);
+}
+
 }  // namespace
 
 EmulatorSettings& emulator_settings() { return settings; }
 
 const GpuDevice& gpu_emulator() {
-  static const GpuDevice device = {kGpuAbi, "emulator", properties, clear, launch, copy, current};
+  static const GpuDevice device = {kGpuAbi, "emulator", properties, clear,
+                                   launch,  copy,       current,    launch_operation};
   return device;
 }
 

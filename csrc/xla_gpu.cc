@@ -5,6 +5,8 @@
 // addresses alone. Scratch memory is a result buffer because of that: what XLA's scratch allocator gives is
 // freed when the handler returns, so a captured graph would use memory that is someone else's by then.
 
+#include "csrc/xla_gpu.h"
+
 #include <atomic>
 #include <cstdint>
 #include <stdexcept>
@@ -23,16 +25,6 @@ constexpr int64_t kAlignment = 256;  // of scratch memory
 
 void check(const char* error, const char* what) {
   if (error != nullptr) throw std::runtime_error(std::string(what) + ": " + error);
-}
-
-void* stream_of(const xla::CallFrame& frame) {
-  xla::StreamGet query{sizeof(xla::StreamGet), nullptr, frame.context, nullptr};
-  if (xla::Error* error = frame.api->stream_get(&query)) {
-    xla::ErrorDestroy destroy{sizeof(xla::ErrorDestroy), nullptr, error};
-    frame.api->error_destroy(&destroy);
-    throw std::runtime_error("XLA gives no stream");
-  }
-  return query.stream;
 }
 
 void enqueue(const xla::CallFrame& frame, const GpuDevice& device, void* stream) {
@@ -87,11 +79,8 @@ void enqueue(const xla::CallFrame& frame, const GpuDevice& device, void* stream)
 std::atomic<const GpuDevice*> registered{nullptr};
 
 xla::Error* handle_device(xla::CallFrame* frame) {
-  return xla::respond(frame, "small_fc_step", xla::kCommandBufferCompatible, [](const xla::CallFrame& f) {
-    const GpuDevice* device = registered.load(std::memory_order_acquire);
-    if (device == nullptr) throw std::runtime_error("no device has been set");
-    enqueue(f, *device, stream_of(f));
-  });
+  return xla::respond(frame, "small_fc_step", xla::kCommandBufferCompatible,
+                      [](const xla::CallFrame& f) { enqueue(f, xla_device(), xla_stream(f)); });
 }
 
 xla::Error* handle_emulated(xla::CallFrame* frame) {
@@ -100,6 +89,22 @@ xla::Error* handle_emulated(xla::CallFrame* frame) {
 }
 
 }  // namespace
+
+void* xla_stream(const xla::CallFrame& frame) {
+  xla::StreamGet query{sizeof(xla::StreamGet), nullptr, frame.context, nullptr};
+  if (xla::Error* error = frame.api->stream_get(&query)) {
+    xla::ErrorDestroy destroy{sizeof(xla::ErrorDestroy), nullptr, error};
+    frame.api->error_destroy(&destroy);
+    throw std::runtime_error("XLA gives no stream");
+  }
+  return query.stream;
+}
+
+const GpuDevice& xla_device() {
+  const GpuDevice* device = registered.load(std::memory_order_acquire);
+  if (device == nullptr) throw std::runtime_error("no device has been set");
+  return *device;
+}
 
 void* xla_small_fc_gpu_handler() { return reinterpret_cast<void*>(&handle_device); }
 void* xla_small_fc_emulated_handler() { return reinterpret_cast<void*>(&handle_emulated); }

@@ -17,13 +17,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .errors import UserError
 from .spec import Spec
 
 if TYPE_CHECKING:
     from .operations import ElementMlp
 
 
-class BackendError(RuntimeError):
+class BackendError(UserError, RuntimeError):
     """A backend that was asked for cannot be used; says why, and which ones can."""
 
 
@@ -154,6 +155,12 @@ def _gpu_supports_any(spec: Any, dtype_name: str) -> str | None:
     return _dtype_refused(dtype_name, ("float32", "bfloat16", "float16"))
 
 
+def _cuda_supports_mlp(spec: ElementMlp, dtype_name: str) -> str | None:
+    from .native_operations import unsupported_on_gpus  # not at the top: it imports this module
+
+    return unsupported_on_gpus(spec) or _gpu_supports_any(spec, dtype_name)
+
+
 def _gpu_supports_mlp(spec: ElementMlp, dtype_name: str) -> str | None:
     from .torch.triton_operations import unsupported  # it needs PyTorch and Triton
 
@@ -198,16 +205,19 @@ OPERATIONS: dict[str, tuple[Backend, ...]] = {
         Backend("reference", (), _nothing_missing, _any_spec),
     ),
     "element_mlp": (
+        Backend("cuda", ("cuda",), _cuda_missing, _cuda_supports_mlp),
         Backend("triton", ("cuda", "rocm"), _triton_missing, _gpu_supports_mlp),
         Backend("cpu", ("cpu",), _cpu_missing, _cpu_supports_mlp),
         Backend("reference", (), _nothing_missing, _any_spec),
     ),
     "adam": (
+        Backend("cuda", ("cuda",), _cuda_missing, _gpu_supports_any),
         Backend("triton", ("cuda", "rocm"), _triton_missing, _gpu_supports_any),
         Backend("cpu", ("cpu",), _cpu_missing, _cpu_supports_any),
         Backend("reference", (), _nothing_missing, _any_spec),
     ),
     "statistics": (
+        Backend("cuda", ("cuda",), _cuda_missing, _gpu_supports_any),
         Backend("triton", ("cuda", "rocm"), _triton_missing, _gpu_supports_any),
         Backend("cpu", ("cpu",), _cpu_missing, _cpu_supports_any),
         Backend("reference", (), _nothing_missing, _any_spec),

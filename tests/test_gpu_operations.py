@@ -1,0 +1,410 @@
+"""The GPU kernels of the operations, run by the emulator on CPU tensors, against their definitions in float64.
+
+tests/gpu/test_operations_gpu.py repeats these tests on a GPU.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from lopt_fast import backends  # noqa: E402
+from lopt_fast.architectures import ARCHITECTURES  # noqa: E402
+from lopt_fast.architectures.celo import Celo  # noqa: E402
+from lopt_fast.architectures.sgdm import SgdM  # noqa: E402
+from lopt_fast.backends import BackendError  # noqa: E402
+from lopt_fast.checkpoint import Checkpoint  # noqa: E402
+from lopt_fast.native_operations import unsupported_on_gpus  # noqa: E402
+from lopt_fast.operations import AdamScalars, Decays, ModelTensors, Reference, Result, Weights  # noqa: E402
+from lopt_fast.operations.adam import ADAM_AVERAGES  # noqa: E402
+from lopt_fast.reference import TensorState  # noqa: E402
+from lopt_fast.torch import LearnedOptimizer, cuda_operations, device, operations  # noqa: E402
+from tests import triton_operations_problem  # noqa: E402
+from tests.test_native_operations import (  # noqa: E402
+    SPECS,
+    assert_close,
+    assert_result_close,
+    in_float64,
+    random_decays,
+    random_scalars,
+    random_tensors,
+    random_weights,
+)
+
+native = backends._import_native()[0]
+pytestmark = pytest.mark.skipif(
+    not hasattr(native, "GpuOperation"), reason="no compiled kernels, or no emulator"
+)
+
+SHAPES: list[tuple[int, ...]] = [
+    (), (1,), (5, 1), (1, 6), (8, 8), (37,), (130, 9), (8, 8, 3, 3), (3, 3, 4, 8), (2, 1, 5, 5), (7, 132), (64,),
+]  # fmt: skip
+SEVERAL_TILES: list[tuple[int, ...]] = [(150, 72), (18, 2, 40, 2), (2, 3000), (4300,), (4301,)]
+
+
+DEVICE, BACKEND = "cpu", "emulator"
+
+
+def to_torch(a: Any) -> Any:
+    return triton_operations_problem.to_torch(a).to(DEVICE)
+
+
+def to_numpy(a: Any) -> Any:
+    return a.detach().cpu().double().numpy()
+
+
+def tensors_of(arrays: ModelTensors, dtype: Any = torch.float32) -> ModelTensors:
+    """Copies on the device; state in float32."""
+    return replace(
+        arrays,
+        params=[to_torch(p).to(dtype) for p in arrays.params],
+        grads=[to_torch(g).to(dtype) for g in arrays.grads],
+        states=[TensorState(*map(to_torch, s)) for s in arrays.states],
+    )
+
+
+@pytest.fixture(autouse=True)
+def emulator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(device.KERNELS, "emulator", lambda: backends.native().gpu_emulator())
+
+
+def kernels(found_inf: Any = None) -> Any:
+    return cuda_operations.CudaOperations(None if found_inf is None else found_inf.to(DEVICE), BACKEND)
+
+
+def arrays_of(result: Result) -> Result:
+    return Result(
+        [to_numpy(p) for p in result.outputs],
+        [TensorState(*map(to_numpy, state)) for state in result.states],
+        None if result.messages is None else to_numpy(result.messages),
+    )
+
+
+def run(
+    spec: Any, tensors: ModelTensors, decays: Decays, weights: Weights, multiplier: Any = None,
+    found_inf: Any = None, **options: Any,
+) -> Result:  # fmt: skip
+    result: Result = kernels(found_inf).element_mlp(
+        spec,
+        tensors,
+        Decays(*map(to_torch, decays)),
+        Weights(tuple(map(to_torch, weights.w)), tuple(map(to_torch, weights.b))),
+        None if multiplier is None else to_torch(multiplier),
+        **options,
+    )
+    return result
+
+
+def check(
+    name: str,
+    shapes: Sequence[tuple[int, ...]],
+    per_tensor: tuple[bool, bool],
+    apply: bool = True,
+    **options: Any,
+) -> None:
+    spec = SPECS[name]
+    arrays = random_tensors(spec, shapes, "float32", apply=apply)
+    arguments = random_decays(spec), random_weights(spec, len(shapes), per_tensor)
+    multiplier = 1.0 + np.arange(len(shapes)) / 7 if per_tensor[0] else None
+    expected = Reference.element_mlp(spec, in_float64(arrays), *arguments, multiplier, **options)
+    # Not by the definition, unless the kernels refuse a tensor.
+    by_kernels = unsupported_on_gpus(spec) is None and spec.normalise_over == "tensor"
+    with mock.patch.object(cuda_operations, "Reference", None if by_kernels else Reference):
+        actual = run(spec, tensors_of(arrays), *arguments, multiplier, **options)
+    shown = replace(arrays, apply=apply and not options.get("steps_only", False))
+    assert_result_close(arrays_of(actual), expected, shown, "float32", name)
+
+
+@pytest.mark.parametrize("name", ["celo", "velo", "celo2", "celo2 tanh", "fc_lopt", "rnn_fc_lopt", "few"])
+def test_element_mlp(name: str) -> None:
+    check(name, SHAPES, (False, True), apply=False, gradient_clip=1.5)
+    check(name, [(6, 8), (5,), (4, 3, 2)], (True, True), steps_only=name == "celo")
+
+
+def test_what_has_no_kernel_goes_through_the_definition() -> None:
+    """Three hidden layers."""
+    assert "1 or 2 hidden layers" in str(unsupported_on_gpus(SPECS["all"]))
+    check("all", [(6, 5), (5,)], (True, True))
+    # All groups of columns, with two.
+    spec = replace(SPECS["all"], hidden_layers=2)
+    assert unsupported_on_gpus(spec) is None
+    arrays = random_tensors(spec, SHAPES, "float32", apply=True)
+    arguments = random_decays(spec), random_weights(spec, len(SHAPES), (False, False))
+    expected = Reference.element_mlp(spec, in_float64(arrays), *arguments)
+    assert_result_close(
+        arrays_of(run(spec, tensors_of(arrays), *arguments)), expected, arrays, "float32", "all groups"
+    )
+
+
+@pytest.mark.parametrize("name", ["celo", "rnn_fc_lopt"])
+def test_several_tiles_and_the_same_bits_in_every_run(name: str) -> None:
+    spec = SPECS[name]
+    arrays = random_tensors(spec, SEVERAL_TILES, "float32", apply=True)
+    arguments = random_decays(spec), random_weights(spec, len(SEVERAL_TILES), (True, True))
+    expected = Reference.element_mlp(spec, in_float64(arrays), *arguments)
+    first, second = (run(spec, tensors_of(arrays), *arguments) for _ in range(2))
+    assert_result_close(arrays_of(first), expected, arrays, "float32", name)
+    for a, b in zip(first.outputs, second.outputs, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_more_tensors_than_a_launch_takes() -> None:
+    check("few", [(3, 4), (5,)] * 70, (True, True))
+
+
+@pytest.mark.parametrize("moved", [True, False])
+def test_statistics(moved: bool) -> None:
+    spec = SPECS["rnn_fc_lopt"] if moved else ADAM_AVERAGES
+    arrays = random_tensors(spec, [*SHAPES, *SEVERAL_TILES], "float32")
+    for p in arrays.params:  # variances that a sum of squares alone would lose
+        p *= 0.01
+        p += 100.0
+    decays = random_decays(spec) if moved else None
+    expected = Reference.statistics(spec, in_float64(arrays), decays, 1.2)
+    actual = kernels().statistics(
+        spec, tensors_of(arrays), None if decays is None else Decays(*map(to_torch, decays)), 1.2
+    )
+    for name, a, e in zip(actual._fields, actual, expected, strict=True):
+        if name == "column_mean_square":
+            assert a is None
+            continue
+        assert a.dtype == torch.float32
+        # The rounding of 100 to float32 moves a variance of 1e-4.
+        assert_close(to_numpy(a), e, 1e-3 if name == "parameter_variance" else 1e-5, name)
+
+
+@pytest.mark.parametrize("apply", [True, False])
+def test_adam(apply: bool) -> None:
+    shapes = [*SHAPES, *SEVERAL_TILES]
+    arrays = random_tensors(ADAM_AVERAGES, shapes, "float32", apply=apply)
+    scalars = random_scalars(len(shapes))
+    expected = Reference.adam(in_float64(arrays), scalars, 1.2, statistics=True)
+    actual = kernels().adam(tensors_of(arrays), AdamScalars(*map(to_torch, scalars)), 1.2, statistics=True)
+    assert_result_close(arrays_of(actual), expected, arrays, "float32", "adam")
+    found, wanted = actual.statistics, expected.statistics
+    assert found is not None
+    assert wanted is not None
+    for name, a, e in zip(found._fields, found, wanted, strict=True):
+        if e is not None:
+            assert_close(to_numpy(a), e, 1e-5, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_parameters_and_gradients(dtype: Any) -> None:
+    spec = SPECS["celo"]
+    arrays = random_tensors(spec, [(6, 5), (9,), (8, 16)], "float32", apply=True)
+    tensors = tensors_of(arrays, dtype)
+    rounded = replace(
+        in_float64(arrays),
+        params=[to_numpy(p) for p in tensors.params],
+        grads=[to_numpy(g) for g in tensors.grads],
+    )
+    arguments = random_decays(spec), random_weights(spec, 3, (False, False))
+    expected = Reference.element_mlp(spec, rounded, *arguments)
+    actual = run(spec, tensors, *arguments)
+    eps = torch.finfo(dtype).eps
+    for a, e, state, wanted in zip(
+        actual.outputs, expected.outputs, actual.states, expected.states, strict=True
+    ):
+        assert a.dtype == dtype
+        assert np.abs(to_numpy(a) - e).max() <= 0.51 * eps * np.abs(e).max()
+        for x, y in zip(state, wanted, strict=True):
+            assert_close(to_numpy(x), y, 1e-4)
+
+
+def channels_last(a: Any, *order: int) -> Any:
+    return a.permute(order).contiguous().permute(np.argsort(order).tolist())
+
+
+def test_other_orders_in_memory_and_what_is_refused() -> None:
+    """Channels last with state in that order; all else through the definitions, in place as well."""
+    spec = SPECS["celo"]
+    arrays = random_tensors(spec, [(4, 6, 3, 5), (12, 7), (5, 6)], "float32", apply=True)
+    tensors = tensors_of(arrays)
+    tensors.params[0] = channels_last(tensors.params[0], 0, 2, 3, 1)
+    tensors.grads[0] = channels_last(tensors.grads[0], 0, 2, 3, 1)
+    tensors.states[0] = tensors.states[0]._replace(
+        momentum=channels_last(tensors.states[0].momentum, 0, 1, 3, 4, 2),
+        second_moment=channels_last(tensors.states[0].second_moment, 0, 1, 3, 4, 2),
+        factored_column=channels_last(tensors.states[0].factored_column, 0, 1, 3, 2),
+    )
+    tensors.grads[1] = channels_last(tensors.grads[1], 1, 0)
+    tensors.params[2] = torch.zeros(5, 12, device=DEVICE)[:, ::2].copy_(tensors.params[2])
+    all_tensors = zip(tensors.params, tensors.grads, tensors.states, strict=True)
+    reasons = [cuda_operations.refusal(*x, spec) for x in all_tensors]
+    assert reasons[0] is None
+    assert "gradient does not lie" in str(reasons[1])
+    assert "gaps in memory" in str(reasons[2])
+    arguments = random_decays(spec), random_weights(spec, 3, (True, True)), np.linspace(1.0, 2.0, 3)
+    expected = Reference.element_mlp(spec, in_float64(arrays), *arguments)
+    actual = run(spec, tensors, *arguments)
+    assert all(a is b for a, b in zip(actual.outputs, tensors.params, strict=True))
+    assert_result_close(arrays_of(actual), expected, arrays, "float32", "in place")
+
+
+def test_nothing_is_written_where_infinities_were_found() -> None:
+    spec = SPECS["celo"]
+    arrays = random_tensors(spec, [(5, 6), (4,), (3, 4)], "float32", apply=True)
+    tensors = tensors_of(arrays)
+    tensors.params[2] = torch.zeros(3, 8, device=DEVICE)[:, ::2].copy_(
+        tensors.params[2]
+    )  # through the definition
+    run(spec, tensors, random_decays(spec), random_weights(spec, 3, (False, False)), found_inf=torch.ones(1))
+    written = run(
+        spec, tensors_of(arrays), random_decays(spec), random_weights(spec, 3, (False, False)),
+        found_inf=torch.zeros(1),
+    )  # fmt: skip
+    assert not any(torch.equal(p, to_torch(q)) for p, q in zip(written.outputs, arrays.params, strict=True))
+    adam = tensors_of(random_tensors(ADAM_AVERAGES, [(5, 6)], "float32", apply=True))
+    before = [a.clone() for a in (adam.params[0], adam.states[0].momentum)]
+    kernels(torch.ones(())).adam(adam, AdamScalars(*map(to_torch, random_scalars(1))))
+    assert torch.equal(adam.params[0], before[0])
+    assert torch.equal(adam.states[0].momentum, before[1])
+    for p, q, state, old in zip(tensors.params, arrays.params, tensors.states, arrays.states, strict=True):
+        np.testing.assert_array_equal(to_numpy(p), q)
+        for a, b in zip(state, old, strict=True):
+            np.testing.assert_array_equal(to_numpy(a), b)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow", "ignore:divide by zero")
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_gradients_that_are_not_finite(value: float) -> None:
+    """NaN and Inf where the definitions give them, and nowhere else."""
+    spec = SPECS["celo"]
+    arrays = random_tensors(spec, [(5, 6), (7,), (4, 3), (4, 8)], "float32", apply=True)
+    for g in (*arrays.grads[:2], arrays.grads[3]):
+        g.reshape(-1)[-1] = value
+    arguments = random_decays(spec), random_weights(spec, 4, (False, False))
+    expected = Reference.element_mlp(spec, in_float64(arrays), *arguments, None, 10.0)
+    actual = arrays_of(run(spec, tensors_of(arrays), *arguments, None, gradient_clip=10.0))
+    for i in range(4):
+        assert_close(actual.outputs[i], expected.outputs[i], 1e-4)
+        for a, e in zip(actual.states[i], expected.states[i], strict=True):
+            assert_close(a, e, 1e-4)
+    statistics = kernels().statistics(spec, tensors_of(arrays), None)
+    for a, e in zip(statistics, Reference.statistics(spec, in_float64(arrays), None), strict=True):
+        if e is not None:
+            assert_close(to_numpy(a), e, 1e-4)
+
+
+def test_empty_tensors_and_numbers_as_tensors() -> None:
+    spec = SPECS["few"]
+    arrays = random_tensors(spec, [(0, 3), (2, 3)], "float32", apply=True)
+    arguments = random_decays(spec), random_weights(spec, 2, (False, False))
+    expected = Reference.element_mlp(spec, in_float64(arrays.select([1])), *arguments)
+    lr, scale = (
+        torch.tensor(x, dtype=torch.float64, device=DEVICE) for x in (arrays.lr[1], arrays.grad_scale)
+    )
+    tensors = replace(tensors_of(arrays), lr=[lr, lr], grad_scale=scale)
+    actual = run(spec, tensors, *arguments)
+    assert_close(to_numpy(actual.outputs[1]), expected.outputs[0], 1e-5)
+    statistics = kernels().statistics(
+        ADAM_AVERAGES, tensors_of(random_tensors(ADAM_AVERAGES, [(0,)], "float32")), None
+    )
+    assert torch.isnan(statistics.parameter_mean).all()
+
+
+REFUSED: list[tuple[str, Callable[[ModelTensors, dict[str, Any]], None]]] = [
+    ("decays.momentum", lambda t, k: k.update(decays=Decays(*(to_torch(np.zeros(1)) for _ in range(3))))),
+    (
+        "weights.w.0.",
+        lambda t, k: k.update(
+            weights=Weights(tuple(to_torch(np.zeros((2, 2))) for _ in range(3)), k["weights"].b)
+        ),
+    ),
+    ("multiplier has shape", lambda t, k: k.update(multiplier=to_torch(np.ones(5)))),
+]
+
+
+@pytest.mark.parametrize(("message", "spoil"), REFUSED, ids=lambda x: x if isinstance(x, str) else "")
+def test_what_does_not_fit_is_refused_before_anything_is_written(message: str, spoil: Any) -> None:
+    spec = SPECS["celo"]
+    tensors = tensors_of(random_tensors(spec, [(5, 6)], "float32", apply=True))
+    weights = random_weights(spec, 1, (False, False))
+    arguments = {
+        "decays": Decays(*map(to_torch, random_decays(spec))),
+        "weights": Weights(tuple(map(to_torch, weights.w)), tuple(map(to_torch, weights.b))),
+    }
+    spoil(tensors, arguments)
+    before = tensors.params[0].clone()
+    with pytest.raises(ValueError, match=message):
+        kernels().element_mlp(spec, tensors, **arguments)
+    assert torch.equal(tensors.params[0], before)
+
+
+# ---- the optimizer ----
+
+
+@pytest.mark.parametrize("name", ["celo", "rnn_fc_lopt", "nn_adam", "celo2"])
+def test_learned_optimizer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps through the public interface, against the definitions in float64; then one that finds an infinity."""
+    chosen = {"emulator": lambda architecture, device_type, dtype: None, **operations.REFUSALS}
+    monkeypatch.setattr(operations, "REFUSALS", chosen)
+    monkeypatch.setattr("lopt_fast.torch.architecture_plan.HOST", frozenset())
+    monkeypatch.setattr("lopt_fast.torch.scalars.HOST", frozenset())
+    architecture: Any = ARCHITECTURES[name]()
+    rng = np.random.default_rng(0)
+    theta = {k: a + 0.05 * rng.standard_normal(a.shape) for k, a in architecture.init_theta().items()}
+    starts = [rng.standard_normal(shape) for shape in [(6, 4), (5,), (3, 2, 2)]]
+    grads = [[rng.standard_normal(p.shape) for p in starts] for _ in range(2)]
+
+    def steps(backend: str, dtype: Any) -> tuple[list[Any], Any]:
+        params = [torch.nn.Parameter(torch.tensor(p).to(dtype)) for p in starts]
+        params[2].data = params[2].data.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+        named = [(f"weight{i}", p) for i, p in enumerate(params)]
+        optimizer = LearnedOptimizer(
+            named, Checkpoint(architecture, theta), lr=0.5, weight_decay=0.1, num_steps=10, backend=backend
+        )
+        for t in range(2):
+            for p, g in zip(params, grads[t], strict=True):
+                p.grad = torch.tensor(g).to(dtype)
+            optimizer.step(loss=1.0 / (t + 1))
+        return params, optimizer
+
+    expected, _ = steps("reference", torch.float64)
+    actual, optimizer = steps("auto", torch.float32)
+    assert set(optimizer.backends.values()) == {"emulator"}
+    for a, e, start in zip(actual, expected, starts, strict=True):
+        moved = (e.detach().numpy() - start).reshape(-1)
+        assert_close(
+            a.detach().numpy().reshape(-1) - start.reshape(-1), moved, 2e-4 + 1e-6 / np.abs(moved).max()
+        )
+    before = copy.deepcopy([actual, optimizer.state_dict()])
+    optimizer.found_inf, optimizer.grad_scale = torch.ones(1), torch.ones(1)
+    actual[0].grad[0, 0] = np.inf
+    optimizer.step(loss=1.0)
+    for a, b in zip(actual, before[0], strict=True):
+        assert torch.equal(a, b)
+    for i, entries in optimizer.state_dict()["state"].items():
+        for key, a in entries.items():
+            assert torch.equal(a, before[1]["state"][i][key]), key
+
+
+def test_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    celo = Celo()
+    with pytest.raises(
+        BackendError, match="'cuda' of celo cannot be used: it runs on cuda, these arrays are on cpu"
+    ):
+        operations.operations_backend(celo, "cpu", "float32", "cuda")
+    with pytest.raises(BackendError, match="plain array code"):
+        operations.operations_backend(SgdM(), "cuda", "float32", "cuda")
+    there = {  # as on a machine with a GPU
+        name: tuple(replace(b, missing=lambda ordinal: None) if b.name == "cuda" else b for b in found)
+        for name, found in backends.OPERATIONS.items()
+    }
+    monkeypatch.setattr(operations, "OPERATIONS", there)
+    assert operations.operations_backend(celo, "cuda", "bfloat16") == "cuda"
+    for other, dtype, reason in [
+        (celo, "float64", "not float64"),
+        (replace(celo, hidden_size=33), "float32", "hidden_size 1 to 32"),
+    ]:
+        with pytest.raises(BackendError, match=reason):
+            operations.operations_backend(other, "cuda", dtype, "cuda")
