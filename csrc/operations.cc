@@ -243,54 +243,81 @@ RowTiles row_tiles_of(const Loops& l) {
   return t;
 }
 
-// What all tensors of a call have in common.
-struct MlpCall {
-  const MlpSpec& spec;
-  const Averages& averages;
-  const MlpLayer* layers;
-  const double* multipliers;
-  const GradientRule& rule;
-  Output output;
-  double* messages;
-  Tables tables;
-};
-
-constexpr double kLog2E = 1.4426950408889634;
-
-// One tensor during one step.
+// The columns of one tensor, and passes 1 and 2 over them.
 template <typename T>
-class MlpTensor {
- public:
-  MlpTensor(const MlpCall& call, const OperationTensor& tensor, int64_t index, Arena& arena)
-      : call_(call), index_(index), kernels_(table_of<T>(*call.tables.mlp)) {
-    describe(tensor);
-    choose_features();
-    arena.fill([this](Arena& a) { take_scratch(a); });
-    copy_weights();
-    lr_ = call.output == Output::step ? 1.0 : tensor.lr;
+class MlpColumns {
+ protected:
+  MlpColumns(const MlpSpec& spec, const Averages& averages, const GradientRule& rule, Output output,
+             const MlpTable<T>& kernels, const OperationTensor& tensor)
+      : kernels_(kernels) {
+    describe(spec, averages, rule, output, tensor);
+    choose_features(spec, averages);
   }
 
-  void step(const Pool& pool) {
-    if (c_.factored() && c_.factored_moments) {
-      run(pool, c_.tiles.count(), [this](int64_t tile) { kernels_.factor_sums(c_, tile); });
-      kernels_.factors(c_);
-    }
-    if (c_.normalised_over == c_.operand.n)
-      whole(pool);
-    else
-      by_matrices(pool);
-    if (call_.spec.messages) write_messages();
+  // Pass 1: moves the accumulators on.
+  void move_factored(const Pool& pool) {
+    if (!c_.factored() || !c_.factored_moments) return;
+    run(pool, c_.tiles.count(), [this](int64_t tile) { kernels_.factor_sums(c_, tile); });
+    kernels_.factors(c_);
   }
+
+  // Pass 2: `sums_` of the features, then of the parameter, over all elements. spreads: (tiles, quantities),
+  // or null.
+  void add_squares(const Pool& pool, Spread* spreads, bool moved) {
+    const int64_t size = c_.at.count + 1;
+    // Passes alternate in direction: each begins where the cache still holds what the one before read last.
+    run(pool, tiles_, [&](int64_t i) {
+      const int64_t tile = tiles_ - 1 - i;
+      double* sums = sums_ + tile * size;
+      for (int64_t f = 0; f < size; ++f) sums[f] = 0;
+      kernels_.feature_sums(c_, tile * kTileElements, tile_end(tile), sums,
+                            spreads ? spreads + tile * quantities(c_.operand) : nullptr, moved);
+    });
+    for (int64_t tile = 1; tile < tiles_; ++tile)
+      for (int64_t f = 0; f < size; ++f) sums_[f] += sums_[tile * size + f];
+  }
+
+  int64_t tile_end(int64_t tile) const {
+    return (tile + 1) * kTileElements < c_.operand.n ? (tile + 1) * kTileElements : c_.operand.n;
+  }
+
+  void take_scratch(Arena& arena) {
+    const Loops& l = c_.loops;
+    const RowTiles& t = c_.tiles;
+    tiles_ = divide_up(c_.operand.n, kTileElements);
+    sums_ = arena.take<double>(tiles_ * (c_.at.count + 1));
+    if (!c_.factored() || !c_.factored_moments) return;
+    const int64_t longest = c_.x_stride > c_.y_stride ? c_.x_stride : c_.y_stride;
+    c_.x_sums = arena.take<T>(t.run_tiles * c_.x_size);
+    c_.y_sums = arena.take<T>((l.batch0 + t.row_tiles) * l.batch1 * t.run);
+    c_.x_factor = arena.take<T>(c_.factored_moments * c_.x_stride);
+    c_.y_factor = arena.take<T>(c_.factored_moments * c_.y_stride);
+    c_.scratch = arena.take<T>(longest);
+  }
+
+  // Consecutive columns of the network's input.
+  struct GroupColumns {
+    Group group;
+    int32_t column, size, feature;  // feature -1: they show an axis of a factored tensor
+    bool of_row() const { return group == Group::fac_row || group == Group::rsqrt_fac_row; }
+    bool of_roots() const { return group == Group::rsqrt_fac_row || group == Group::rsqrt_fac_column; }
+  };
+
+  const MlpTable<T>& kernels_;
+  MlpStep<T> c_;
+  std::vector<GroupColumns> groups_;  // without those that the tensor lacks
+  int64_t tiles_;
+  double* sums_;
 
  private:
-  void describe(const OperationTensor& t) {
-    const MlpSpec& spec = call_.spec;
+  void describe(const MlpSpec& spec, const Averages& averages, const GradientRule& rule, Output output,
+                const OperationTensor& t) {
     const Loops& l = t.loops;
     c_ = {};
-    c_.operand = operand_of<T>(t, call_.averages, call_.rule, call_.output);
+    c_.operand = operand_of<T>(t, averages, rule, output);
     c_.loops = l;
     c_.tanh = spec.tanh;
-    c_.factored_moments = int32_t(call_.averages.factored.size());
+    c_.factored_moments = int32_t(averages.factored.size());
     c_.rms_epsilon = T(spec.rms_epsilon);
     c_.diagonal_momentum_epsilon = T(spec.diagonal_momentum_epsilon);
     c_.normaliser_epsilon = T(spec.normaliser_epsilon);
@@ -315,13 +342,13 @@ class MlpTensor {
   }
 
   // Which inputs of the network are features of elements, and in which row of a block.
-  void choose_features() {
+  void choose_features(const MlpSpec& spec, const Averages& averages) {
     FeatureRows& at = c_.at;
     at = FeatureRows();
     int32_t column = 0;
-    for (Group g : call_.spec.groups) {
-      if (!c_.factored() && !call_.spec.factored_vectors && shows_factored(g)) continue;
-      const int32_t size = group_size(g, call_.averages);
+    for (Group g : spec.groups) {
+      if (!c_.factored() && !spec.factored_vectors && shows_factored(g)) continue;
+      const int32_t size = group_size(g, averages);
       const bool of_axis = shows_factored(g) && g != Group::fac_m;
       int32_t first = -1;
       if (!(of_axis && c_.factored() && !c_.axes_are_features())) {
@@ -336,14 +363,53 @@ class MlpTensor {
       column += size;
     }
   }
+};
 
+// What all tensors of a call of element_mlp have in common.
+struct MlpCall {
+  const MlpSpec& spec;
+  const Averages& averages;
+  const MlpLayer* layers;
+  const double *multipliers, *column_mean_square;
+  const GradientRule& rule;
+  Output output;
+  double* messages;
+  Tables tables;
+};
+
+constexpr double kLog2E = 1.4426950408889634;
+
+// One tensor during one step.
+template <typename T>
+class MlpTensor : MlpColumns<T> {
+  using Columns = MlpColumns<T>;
+  using Columns::c_, Columns::kernels_, Columns::groups_, Columns::tiles_, Columns::sums_, Columns::tile_end;
+
+ public:
+  MlpTensor(const MlpCall& call, const OperationTensor& tensor, int64_t index, Arena& arena)
+      : Columns(call.spec, call.averages, call.rule, call.output, table_of<T>(*call.tables.mlp), tensor),
+        call_(call),
+        index_(index) {
+    arena.fill([this](Arena& a) { take_scratch(a); });
+    copy_weights();
+    lr_ = call.output == Output::step ? 1.0 : tensor.lr;
+  }
+
+  void step(const Pool& pool) {
+    this->move_factored(pool);
+    if (c_.normalised_over == c_.operand.n)
+      whole(pool);
+    else
+      by_matrices(pool);
+    if (call_.spec.messages) write_messages();
+  }
+
+ private:
   void take_scratch(Arena& arena) {
-    const int64_t h = c_.hidden_size, features = c_.at.count, layers = call_.spec.hidden_layers;
-    const Loops& l = c_.loops;
-    const RowTiles& t = c_.tiles;
-    tiles_ = divide_up(c_.operand.n, kTileElements);
-    weights_ = arena.take<double>(features * h);
-    sums_ = arena.take<double>(tiles_ * (features + 1));
+    const int64_t h = c_.hidden_size, layers = call_.spec.hidden_layers;
+    Columns::take_scratch(arena);
+    weights_ = arena.take<double>(c_.at.count * h);
+    parameter_sums_ = arena.take<double>(tiles_);
     hidden_sums_ = arena.take<double>(tiles_ * h);
     take_network(arena, net_);
     for (int64_t layer = 1; layer < layers; ++layer) {
@@ -351,14 +417,8 @@ class MlpTensor {
       net_.b[layer] = arena.take<T>(h);
     }
     if (!c_.factored() || !c_.factored_moments) return;
-    const int64_t longest = c_.x_stride > c_.y_stride ? c_.x_stride : c_.y_stride;
-    c_.x_sums = arena.take<T>(t.run_tiles * c_.x_size);
-    c_.y_sums = arena.take<T>((l.batch0 + t.row_tiles) * l.batch1 * t.run);
-    c_.x_factor = arena.take<T>(c_.factored_moments * c_.x_stride);
-    c_.y_factor = arena.take<T>(c_.factored_moments * c_.y_stride);
     c_.x_bias = arena.take<T>(h * c_.x_stride);
     c_.y_bias = arena.take<T>(h * c_.y_stride);
-    c_.scratch = arena.take<T>(longest);
     for (T*& weights : axis_weights_) weights = arena.take<T>(c_.factored_moments * h);
   }
 
@@ -385,15 +445,13 @@ class MlpTensor {
     const int64_t h = c_.hidden_size;
     std::memset(weights_, 0, size_t(c_.at.count * h) * sizeof(double));
     T* axis[4] = {};
-    for (const GroupColumns& g : groups_) {
+    for (const auto& g : groups_) {
       const double* w = weights_of(0) + g.column * h;
       if (g.feature >= 0) {
         for (int64_t i = 0; i < g.size * h; ++i) weights_[g.feature * h + i] += w[i];
         continue;
       }
-      const bool row = g.group == Group::fac_row || g.group == Group::rsqrt_fac_row;
-      const bool root = g.group == Group::rsqrt_fac_row || g.group == Group::rsqrt_fac_column;
-      const int which = (row == c_.loops.x_is_row ? 0 : 2) + (root ? 1 : 0);
+      const int which = (g.of_row() == c_.loops.x_is_row ? 0 : 2) + (g.of_roots() ? 1 : 0);
       axis[which] = axis_weights_[which];
       for (int64_t i = 0; i < g.size * h; ++i) axis[which][i] = T(w[i]);
     }
@@ -431,23 +489,17 @@ class MlpTensor {
     }
   }
 
-  int64_t tile_end(int64_t tile) const {
-    return (tile + 1) * kTileElements < c_.operand.n ? (tile + 1) * kTileElements : c_.operand.n;
-  }
-
   // All elements share normalisers.
   void whole(const Pool& pool) {
-    const int64_t features = c_.at.count, n = c_.operand.n, h = c_.hidden_size;
-    // Passes alternate in direction: each begins where the cache still holds what the one before read last.
-    run(pool, tiles_, [&](int64_t i) {
-      const int64_t tile = tiles_ - 1 - i;
-      double* sums = sums_ + tile * (features + 1);
-      for (int64_t f = 0; f <= features; ++f) sums[f] = 0;
-      kernels_.feature_sums(c_, tile * kTileElements, tile_end(tile), sums);
-    });
-    for (int64_t tile = 1; tile < tiles_; ++tile)
-      for (int64_t f = 0; f <= features; ++f) sums_[f] += sums_[tile * (features + 1) + f];
-    fold(net_, sums_, double(n), sums_[features] / double(n));
+    const int64_t features = c_.at.count, h = c_.hidden_size;
+    const double n = double(c_.operand.n);
+    if (call_.column_mean_square) {
+      take_given();
+      fold(net_, sums_, 1.0, mean_parameter_square(pool));
+    } else {
+      this->add_squares(pool, nullptr, false);
+      fold(net_, sums_, n, sums_[features] / n);
+    }
     if (c_.has_axis_biases()) kernels_.axis_biases(c_, net_.b[0]);
     run(pool, tiles_, [&](int64_t tile) {
       double* hidden = call_.spec.messages ? hidden_sums_ + tile * h : nullptr;
@@ -457,20 +509,33 @@ class MlpTensor {
     hidden_tasks_ = tiles_;
   }
 
+  // Mean squares of the features that the caller knows. Those of the axes are found with their biases.
+  void take_given() {
+    const double* given = call_.column_mean_square + index_ * call_.layers[0].inputs;
+    for (const auto& g : groups_)
+      for (int32_t k = 0; g.feature >= 0 && k < g.size; ++k) sums_[g.feature + k] = given[g.column + k];
+  }
+
+  // As far as the step depends on it.
+  double mean_parameter_square(const Pool& pool) {
+    if (!call_.spec.parameter_rms) return 0;
+    const double n = double(c_.operand.n);
+    if (call_.column_mean_square && c_.at.p >= 0) return sums_[c_.at.p];
+    run(pool, tiles_, [&](int64_t tile) {
+      double total = 0;
+      for (int64_t i = tile * kTileElements; i < tile_end(tile); ++i)
+        total += double(c_.operand.param[i]) * double(c_.operand.param[i]);
+      parameter_sums_[tile] = total;
+    });
+    double total = 0;
+    for (int64_t tile = 0; tile < tiles_; ++tile) total += parameter_sums_[tile];
+    return total / n;
+  }
+
   // Each matrix has its own normalisers: passes 2 and 3 of one follow each other.
   void by_matrices(const Pool& pool) {
     const int64_t features = c_.at.count, n = c_.operand.n, h = c_.hidden_size, size = c_.normalised_over;
-    double parameter_square = 0;
-    if (call_.spec.parameter_rms) {
-      run(pool, tiles_, [&](int64_t tile) {
-        double total = 0;
-        for (int64_t i = tile * kTileElements; i < tile_end(tile); ++i)
-          total += double(c_.operand.param[i]) * double(c_.operand.param[i]);
-        sums_[tile] = total;
-      });
-      for (int64_t tile = 0; tile < tiles_; ++tile) parameter_square += sums_[tile];
-      parameter_square /= double(n);
-    }
+    const double parameter_square = mean_parameter_square(pool);
     const int64_t matrices = n / size, per_task = divide_up(kTileElements, size);
     hidden_tasks_ = divide_up(matrices, per_task);
     run(pool, hidden_tasks_, [&](int64_t task) {
@@ -486,7 +551,7 @@ class MlpTensor {
       const int64_t end = (task + 1) * per_task < matrices ? (task + 1) * per_task : matrices;
       for (int64_t matrix = task * per_task; matrix < end; ++matrix) {
         for (int64_t f = 0; f <= features; ++f) sums[f] = 0;
-        kernels_.feature_sums(c_, matrix * size, (matrix + 1) * size, sums);
+        kernels_.feature_sums(c_, matrix * size, (matrix + 1) * size, sums, nullptr, false);
         fold(net, sums, double(size), parameter_square);
         kernels_.apply(c_, net, matrix * size, (matrix + 1) * size, hidden);
       }
@@ -506,29 +571,118 @@ class MlpTensor {
     }
   }
 
-  struct GroupColumns {
-    Group group;
-    int32_t column, size, feature;  // feature -1: in the biases of an axis
-  };
-
   const MlpCall& call_;
   const int64_t index_;
-  const MlpTable<T>& kernels_;
-  MlpStep<T> c_;
   double lr_;
-  std::vector<GroupColumns> groups_;
   Network<T> net_ = {};
-  int64_t tiles_, hidden_tasks_;
-  double *weights_, *sums_, *hidden_sums_;
+  int64_t hidden_tasks_;
+  double *weights_, *parameter_sums_, *hidden_sums_;
   T* axis_weights_[4];  // of x, its roots, y, its roots
 };
 
-void step_one(const MlpCall& call, const OperationTensor& tensor, int64_t i, const Pool& pool, Arena& arena) {
-  if (tensor.dtype == Dtype::float32)
-    MlpTensor<float>(call, tensor, i, arena).step(pool);
-  else
-    MlpTensor<double>(call, tensor, i, arena).step(pool);
+// Calls f(i, pool, arena) for each tensor that has elements: small ones go to one thread each, several to a
+// task; large ones are spread over all threads.
+template <typename F>
+void for_each_tensor(const OperationTensor* tensors, int64_t count, const Pool& pool, const F& f) {
+  std::vector<int64_t> small, large, tasks;
+  for (int64_t i = 0, work = kTileElements; i < count; ++i) {
+    const int64_t n = elements(tensors[i]);
+    if (n == 0) continue;
+    if (n >= kLargeTensor) {
+      large.push_back(i);
+      continue;
+    }
+    if (work >= kTileElements) {
+      tasks.push_back(int64_t(small.size()));
+      work = 0;
+    }
+    small.push_back(i);
+    work += n + kTensorCost;
+  }
+  tasks.push_back(int64_t(small.size()));
+  if (!small.empty())
+    run(pool, int64_t(tasks.size()) - 1, [&](int64_t task) {
+      Arena arena;
+      for (int64_t i = tasks[size_t(task)]; i < tasks[size_t(task) + 1]; ++i)
+        f(small[size_t(i)], serial_pool(), arena);
+    });
+  Arena arena;
+  for (int64_t i : large) f(i, pool, arena);
 }
+
+// ---- statistics of a tensor ----
+
+// One row of statistics, from spreads (tiles, quantities) of its n elements. Returns the place behind it.
+double* write_statistics(const Spread* spreads, int64_t n, int64_t momenta, int64_t seconds, double* row) {
+  const int64_t size = kFirstAverage + momenta + seconds;
+  Spread total[kMostQuantities] = {};
+  for (int64_t begin = 0; begin < n; begin += kTileElements, spreads += size)
+    for (int64_t q = 0; q < size; ++q)
+      merge(total[q], double(begin), spreads[q],
+            double(begin + kTileElements < n ? kTileElements : n - begin));
+  const auto put = [&](int64_t first, int64_t count) {
+    for (int64_t k = 0; k < count; ++k) *row++ = total[first + k].mean;
+    for (int64_t k = 0; k < count; ++k) *row++ = total[first + k].squares / double(n);
+  };
+  put(0, 1);
+  put(1, 1);
+  *row++ = total[2].mean;
+  put(kFirstAverage, momenta);
+  put(kFirstAverage + momenta, seconds);
+  return row;
+}
+
+// One tensor's statistics with the mean squares of columns, in one pass (and pass 1 of element_mlp).
+template <typename T>
+class ColumnStatistics : MlpColumns<T> {
+  using Columns = MlpColumns<T>;
+  using Columns::c_, Columns::kernels_, Columns::groups_, Columns::tiles_, Columns::sums_;
+
+ public:
+  ColumnStatistics(const MlpSpec& spec, const Averages& averages, const GradientRule& rule,
+                   const OperationTensor& tensor, Arena& arena)
+      : Columns(spec, averages, rule, Output::step, table_of<T>(*tables().mlp), tensor) {
+    arena.fill([this](Arena& a) { take_scratch(a); });
+    if (c_.factored()) copy_accumulators();
+  }
+
+  // row: as of write_statistics, then the columns.
+  void write(bool moved, const Pool& pool, double* row) {
+    this->move_factored(pool);
+    this->add_squares(pool, spreads_, moved);
+    const Operand<T>& o = c_.operand;
+    double* columns = write_statistics(spreads_, o.n, o.momenta, o.second_moments, row);
+    for (const auto& g : groups_) {
+      double* out = columns + g.column;
+      if (g.feature < 0) kernels_.axis_mean_squares(c_, g.of_row() == c_.loops.x_is_row, g.of_roots(), out);
+      for (int32_t k = 0; g.feature >= 0 && k < g.size; ++k) out[k] = sums_[g.feature + k] / double(o.n);
+    }
+  }
+
+ private:
+  void take_scratch(Arena& arena) {
+    Columns::take_scratch(arena);
+    spreads_ = arena.take<Spread>(tiles_ * quantities(c_.operand));
+    if (!c_.factored()) return;
+    x_moved_ = arena.take<T>(c_.factored_moments * c_.x_stride);
+    y_moved_ = arena.take<T>(c_.factored_moments * c_.y_stride);
+  }
+
+  // Pass 1 moves the accumulators on: copies of them, as statistics write no state.
+  void copy_accumulators() {
+    for (int64_t k = 0; k < c_.factored_moments; ++k) {
+      std::memcpy(x_moved_ + k * c_.x_stride, c_.x_accumulator + k * c_.x_accumulator_stride,
+                  size_t(c_.x_size) * sizeof(T));
+      std::memcpy(y_moved_ + k * c_.y_stride, c_.y_accumulator + k * c_.y_accumulator_stride,
+                  size_t(c_.y_size) * sizeof(T));
+    }
+    c_.x_accumulator = x_moved_, c_.x_accumulator_stride = c_.x_stride;
+    c_.y_accumulator = y_moved_, c_.y_accumulator_stride = c_.y_stride;
+  }
+
+  Spread* spreads_;
+  T *x_moved_, *y_moved_;
+};
 
 // ---- checks ----
 
@@ -560,12 +714,9 @@ void check(const OperationTensor* tensors, int64_t count, const Averages& averag
   }
 }
 
-void check(const MlpSpec& spec, const Averages& averages, const MlpLayer* layers) {
-  if (spec.hidden_size < 1 || spec.hidden_size > kMostHidden)
-    throw std::invalid_argument("hidden_size " + std::to_string(spec.hidden_size) + " is not in 1..256");
-  if (spec.hidden_layers < 1 || spec.hidden_layers > kMostLayers)
-    throw std::invalid_argument("hidden_layers " + std::to_string(spec.hidden_layers) + " is not in 1..8");
-  int64_t inputs = 0;
+// Returns how many columns there are.
+int64_t check_columns(const MlpSpec& spec, const Averages& averages) {
+  int64_t columns = 0;
   for (size_t i = 0; i < spec.groups.size(); ++i) {
     const Group g = spec.groups[i];
     for (size_t j = 0; j < i; ++j)
@@ -575,8 +726,24 @@ void check(const MlpSpec& spec, const Averages& averages, const MlpLayer* layers
       throw std::invalid_argument("m_rsqrt_rms needs one second moment, or as many as momenta");
     if (g == Group::fac_m && averages.factored.size() != momenta)
       throw std::invalid_argument("fac_m needs as many factored moments as momenta");
-    inputs += group_size(g, averages);
+    columns += group_size(g, averages);
   }
+  return columns;
+}
+
+// That each tensor has one mean square for each column.
+void check_whole(const OperationTensor* tensors, int64_t count) {
+  for (int64_t i = 0; i < count; ++i)
+    if (tensors[i].normalised_over && tensors[i].normalised_over != elements(tensors[i]))
+      refuse(i, "mean squares of columns are of whole tensors, and it has normalised_over");
+}
+
+void check(const MlpSpec& spec, const Averages& averages, const MlpLayer* layers) {
+  if (spec.hidden_size < 1 || spec.hidden_size > kMostHidden)
+    throw std::invalid_argument("hidden_size " + std::to_string(spec.hidden_size) + " is not in 1..256");
+  if (spec.hidden_layers < 1 || spec.hidden_layers > kMostLayers)
+    throw std::invalid_argument("hidden_layers " + std::to_string(spec.hidden_layers) + " is not in 1..8");
+  const int64_t inputs = check_columns(spec, averages);
   for (int64_t layer = 0; layer <= spec.hidden_layers; ++layer) {
     const bool last = layer == spec.hidden_layers;
     const int64_t in = layer == 0 ? inputs : spec.hidden_size,
@@ -603,38 +770,21 @@ Group group_of(const std::string& name) {
 
 void element_mlp(const MlpSpec& spec, const Averages& averages, const MlpLayer* layers,
                  const OperationTensor* tensors, int64_t count, const double* multipliers,
-                 const GradientRule& rule, Output output, double* messages, const Pool& pool) {
+                 const double* column_mean_square, const GradientRule& rule, Output output, double* messages,
+                 const Pool& pool) {
   check(spec, averages, layers);
   check(tensors, count, averages, true);
+  if (column_mean_square) check_whole(tensors, count);
   for (int64_t i = 0; i < count * spec.messages; ++i)
     messages[i] = std::nan("");  // of tensors without elements
-  const MlpCall call{spec, averages, layers, multipliers, rule, output, messages, tables()};
-
-  // Small tensors go to one thread each, several to a task; large ones are spread over all threads.
-  std::vector<int64_t> small, large, tasks;
-  for (int64_t i = 0, work = kTileElements; i < count; ++i) {
-    const int64_t n = elements(tensors[i]);
-    if (n == 0) continue;
-    if (n >= kLargeTensor) {
-      large.push_back(i);
-      continue;
-    }
-    if (work >= kTileElements) {
-      tasks.push_back(int64_t(small.size()));
-      work = 0;
-    }
-    small.push_back(i);
-    work += n + kTensorCost;
-  }
-  tasks.push_back(int64_t(small.size()));
-  if (!small.empty())
-    run(pool, int64_t(tasks.size()) - 1, [&](int64_t task) {
-      Arena arena;
-      for (int64_t i = tasks[size_t(task)]; i < tasks[size_t(task) + 1]; ++i)
-        step_one(call, tensors[small[size_t(i)]], small[size_t(i)], serial_pool(), arena);
-    });
-  Arena arena;
-  for (int64_t i : large) step_one(call, tensors[i], i, pool, arena);
+  const MlpCall call{spec, averages, layers,   multipliers, column_mean_square,
+                     rule, output,   messages, tables()};
+  for_each_tensor(tensors, count, pool, [&](int64_t i, const Pool& mine, Arena& arena) {
+    if (tensors[i].dtype == Dtype::float32)
+      MlpTensor<float>(call, tensors[i], i, arena).step(mine);
+    else
+      MlpTensor<double>(call, tensors[i], i, arena).step(mine);
+  });
 }
 
 // ---- adam ----
@@ -643,82 +793,96 @@ namespace {
 
 template <typename T>
 void adam_piece(const AdamTable<T>& kernels, const OperationTensor& tensor, const AdamScalars& s,
-                const GradientRule& rule, Output output, const Piece& piece) {
+                const GradientRule& rule, Output output, const Piece& piece, Spread* spreads) {
   const Averages averages{{1.0 - s.beta1}, {1.0 - s.beta2}, {}};
   const double lr = output == Output::step ? 1.0 : tensor.lr;
   const AdamNumbers<T> numbers = {T(lr * s.scale), T(s.momentum_factor), T(s.gradient_factor),
                                   T(s.v_factor),   T(s.epsilon),         T(s.root_epsilon),
                                   T(s.l2)};
-  kernels.update(operand_of<T>(tensor, averages, rule, output), numbers, piece.begin, piece.end);
+  kernels.update(operand_of<T>(tensor, averages, rule, output), numbers, piece.begin, piece.end, spreads);
+}
+
+// Rows of statistics from spreads (pieces, quantities); NaN for tensors without elements.
+void write_rows(const Pieces& pieces, const std::vector<Spread>& spreads, const OperationTensor* tensors,
+                int64_t count, int64_t momenta, int64_t seconds, double* out) {
+  const int64_t size = 5 + 2 * (momenta + seconds);
+  for (int64_t i = 0; i < count * size; ++i) out[i] = std::nan("");
+  for (size_t i = 0; i < pieces.all.size(); ++i)
+    if (const Piece& piece = pieces.all[i]; piece.begin == 0)
+      write_statistics(spreads.data() + i * size_t(kFirstAverage + momenta + seconds),
+                       elements(tensors[piece.tensor]), momenta, seconds, out + piece.tensor * size);
 }
 
 }  // namespace
 
 void adam(const OperationTensor* tensors, int64_t count, const AdamScalars* scalars, const GradientRule& rule,
-          Output output, const Pool& pool) {
+          Output output, double* statistics, const Pool& pool) {
   check(tensors, count, {{0}, {0}, {}}, true);
   const AdamKernels& kernels = *tables().adam;
-  Pieces(tensors, count).run(pool, [&](const Piece& piece, int64_t) {
+  const Pieces pieces(tensors, count);
+  constexpr int64_t quantities = kFirstAverage + 2;
+  std::vector<Spread> spreads(statistics ? pieces.all.size() * size_t(quantities) : 0);
+  pieces.run(pool, [&](const Piece& piece, int64_t i) {
     const OperationTensor& t = tensors[piece.tensor];
+    const AdamScalars& s = scalars[piece.tensor];
+    Spread* seen = statistics ? spreads.data() + i * quantities : nullptr;
     if (t.dtype == Dtype::float32)
-      adam_piece<float>(kernels.f32, t, scalars[piece.tensor], rule, output, piece);
+      adam_piece<float>(kernels.f32, t, s, rule, output, piece, seen);
     else
-      adam_piece<double>(kernels.f64, t, scalars[piece.tensor], rule, output, piece);
+      adam_piece<double>(kernels.f64, t, s, rule, output, piece, seen);
   });
+  if (statistics) write_rows(pieces, spreads, tensors, count, 1, 1, statistics);
 }
 
 // ---- statistics ----
 
-int64_t statistics_size(const Averages& a) {
-  return 5 + 2 * int64_t(a.momentum.size() + a.second_moment.size());
+int64_t statistics_size(const Averages& averages, const MlpSpec* columns) {
+  return 5 + 2 * int64_t(averages.momentum.size() + averages.second_moment.size()) +
+         (columns ? check_columns(*columns, averages) : 0);
 }
 
-void statistics(const Averages& averages, bool moved, const OperationTensor* tensors, int64_t count,
-                const GradientRule& rule, double* out, const Pool& pool) {
+namespace {
+
+void column_statistics(const MlpSpec& spec, const Averages& averages, bool moved,
+                       const OperationTensor* tensors, int64_t count, const GradientRule& rule, double* out,
+                       const Pool& pool) {
+  check(tensors, count, averages, false);
+  check_whole(tensors, count);
+  const int64_t size = statistics_size(averages, &spec);
+  for_each_tensor(tensors, count, pool, [&](int64_t i, const Pool& mine, Arena& arena) {
+    double* row = out + i * size;
+    for (int64_t k = 0; k < size; ++k) row[k] = 0;  // columns that the tensor lacks
+    if (tensors[i].dtype == Dtype::float32)
+      ColumnStatistics<float>(spec, averages, rule, tensors[i], arena).write(moved, mine, row);
+    else
+      ColumnStatistics<double>(spec, averages, rule, tensors[i], arena).write(moved, mine, row);
+  });
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t k = 0; elements(tensors[i]) == 0 && k < size; ++k) out[i * size + k] = std::nan("");
+}
+
+}  // namespace
+
+void statistics(const Averages& averages, const MlpSpec* columns, bool moved, const OperationTensor* tensors,
+                int64_t count, const GradientRule& rule, double* out, const Pool& pool) {
+  if (columns) return column_statistics(*columns, averages, moved, tensors, count, rule, out, pool);
   check(tensors, count, {averages.momentum, averages.second_moment, {}}, false);
   const StatisticsKernels& kernels = *tables().statistics;
   const int64_t momenta = int64_t(averages.momentum.size()), seconds = int64_t(averages.second_moment.size());
-  const int64_t quantities = 2 + momenta + seconds, size = statistics_size(averages);
+  const int64_t quantities = kFirstAverage + momenta + seconds;
   const Pieces pieces(tensors, count);
   std::vector<Spread> spreads(pieces.all.size() * size_t(quantities));
-  std::vector<double> abs_sums(pieces.all.size());
   pieces.run(pool, [&](const Piece& piece, int64_t i) {
     const OperationTensor& t = tensors[piece.tensor];
-    Spread* s = spreads.data() + i * quantities;
-    double* abs_sum = &abs_sums[size_t(i)];
-    const Output none = Output::step;
+    Spread* seen = spreads.data() + i * quantities;
     if (t.dtype == Dtype::float32)
-      kernels.f32.spreads(operand_of<float>(t, averages, rule, none), moved, piece.begin, piece.end, s,
-                          abs_sum);
+      kernels.f32.spreads(operand_of<float>(t, averages, rule, Output::step), moved, piece.begin, piece.end,
+                          seen);
     else
-      kernels.f64.spreads(operand_of<double>(t, averages, rule, none), moved, piece.begin, piece.end, s,
-                          abs_sum);
+      kernels.f64.spreads(operand_of<double>(t, averages, rule, Output::step), moved, piece.begin, piece.end,
+                          seen);
   });
-  for (int64_t i = 0; i < count * size; ++i) out[i] = std::nan("");  // of tensors without elements
-  std::vector<Spread> total(static_cast<size_t>(quantities));
-  for (size_t i = 0; i < pieces.all.size();) {
-    const int64_t tensor = pieces.all[i].tensor;
-    double n = 0, abs_sum = 0;
-    for (Spread& s : total) s = {0, 0};
-    for (; i < pieces.all.size() && pieces.all[i].tensor == tensor; ++i) {
-      const double length = double(pieces.all[i].end - pieces.all[i].begin);
-      for (int64_t q = 0; q < quantities; ++q)
-        merge(total[size_t(q)], n, spreads[i * size_t(quantities) + size_t(q)], length);
-      n += length;
-      abs_sum += abs_sums[i];
-    }
-    double* row = out + tensor * size;
-    const auto put = [&](int64_t q, int64_t mean, int64_t variance) {
-      row[mean] = total[size_t(q)].mean;
-      row[variance] = total[size_t(q)].squares / n;
-    };
-    put(0, 0, 1);
-    put(1, 2, 3);
-    row[4] = abs_sum / n;
-    for (int64_t k = 0; k < momenta; ++k) put(2 + k, 5 + k, 5 + momenta + k);
-    for (int64_t k = 0; k < seconds; ++k)
-      put(2 + momenta + k, 5 + 2 * momenta + k, 5 + 2 * momenta + seconds + k);
-  }
+  write_rows(pieces, spreads, tensors, count, momenta, seconds, out);
 }
 
 }  // namespace lopt

@@ -71,20 +71,25 @@ struct AdamScalars {
   double beta1, beta2, scale, momentum_factor, gradient_factor, v_factor, epsilon, root_epsilon, l2;
 };
 
-// layers: hidden_layers + 1. multipliers: (count) or null. messages: (count, spec.messages), written.
+// layers: hidden_layers + 1. multipliers: (count) or null. column_mean_square: (count, columns) as statistics
+// gives them, or null: a pass over all tensors finds them. messages: (count, spec.messages), written.
 void element_mlp(const MlpSpec& spec, const Averages& averages, const MlpLayer* layers,
                  const OperationTensor* tensors, int64_t count, const double* multipliers,
-                 const GradientRule& rule, Output output, double* messages, const Pool& pool);
+                 const double* column_mean_square, const GradientRule& rule, Output output, double* messages,
+                 const Pool& pool);
 
+// statistics: null, or written as by `statistics` of one momentum and one second moment: of parameters before
+// the step, and averages after it.
 void adam(const OperationTensor* tensors, int64_t count, const AdamScalars* scalars, const GradientRule& rule,
-          Output output, const Pool& pool);
+          Output output, double* statistics, const Pool& pool);
 
 // Statistics of each tensor, in the order of lopt_fast.operations.Statistics: mean and variance of the
 // parameter; mean, variance and mean absolute value of the gradient; means and variances of the momenta, then
-// of the second moments. `moved`: of the averages after this gradient; else as they are, and only the numbers
-// of averages count. out: (count, statistics_size(averages)).
-int64_t statistics_size(const Averages& averages);
-void statistics(const Averages& averages, bool moved, const OperationTensor* tensors, int64_t count,
-                const GradientRule& rule, double* out, const Pool& pool);
+// of the second moments; mean squares of the columns of `columns`, unless that is null. `moved`: of the
+// averages after this gradient; else as they are (columns always see those after it; without columns only the
+// numbers of averages count then). out: (count, statistics_size(averages, columns)).
+int64_t statistics_size(const Averages& averages, const MlpSpec* columns);
+void statistics(const Averages& averages, const MlpSpec* columns, bool moved, const OperationTensor* tensors,
+                int64_t count, const GradientRule& rule, double* out, const Pool& pool);
 
 }  // namespace lopt

@@ -19,34 +19,43 @@ namespace {
 void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 const double* numbers(uintptr_t address) { return reinterpret_cast<const double*>(address); }
 
-// How a tensor lies in memory: (is float64, loops, elements that share normalisers).
-using Layout = std::tuple<bool, std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, bool, bool>, int64_t>;
-// (layout, addresses of parameter, gradient, output, momentum, second moment, row and column, strides of the
-// last four, learning rate, weight decay)
-using TensorTuple = std::tuple<Layout, std::array<uintptr_t, 7>, std::array<int64_t, 4>, double, double>;
+// A tensor as lopt_fast/native_tensors.py describes it: how it lies in memory, addresses, and the distances
+// of the averages of each kind.
+struct TensorRow {
+  int64_t is_float64, batch0, x, batch1, y, batch2, x_is_row, factored, normalised_over;
+  int64_t param, grad, output, momentum, second_moment, row, column;
+  int64_t momentum_stride, second_moment_stride, row_stride, column_stride;
+};
+struct TensorRates {
+  double lr, weight_decay;
+};
+// (tensors, address of their rows, address of their rates)
+using TensorTable = std::tuple<int64_t, uintptr_t, uintptr_t>;
 
-std::vector<OperationTensor> tensors_of(const std::vector<TensorTuple>& tuples) {
+std::vector<OperationTensor> tensors_of(const TensorTable& table) {
+  const auto [count, row_address, rate_address] = table;
+  const auto* rows = static_cast<const TensorRow*>(pointer(row_address));
+  const auto* rates = static_cast<const TensorRates*>(pointer(rate_address));
   std::vector<OperationTensor> tensors;
-  tensors.reserve(tuples.size());
-  for (const auto& [layout, a, strides, lr, weight_decay] : tuples) {
-    const auto& [is_float64, loops, normalised_over] = layout;
-    const auto [batch0, x, batch1, y, batch2, x_is_row, factored] = loops;
-    tensors.push_back({is_float64 ? Dtype::float64 : Dtype::float32,
-                       {batch0, x, batch1, y, batch2, x_is_row, factored},
-                       pointer(a[0]),
-                       pointer(a[1]),
-                       pointer(a[2]),
-                       pointer(a[3]),
-                       pointer(a[4]),
-                       pointer(a[5]),
-                       pointer(a[6]),
-                       strides[0],
-                       strides[1],
-                       strides[2],
-                       strides[3],
-                       normalised_over,
-                       lr,
-                       weight_decay});
+  tensors.reserve(size_t(count));
+  for (int64_t i = 0; i < count; ++i) {
+    const TensorRow& r = rows[i];
+    tensors.push_back({r.is_float64 ? Dtype::float64 : Dtype::float32,
+                       {r.batch0, r.x, r.batch1, r.y, r.batch2, r.x_is_row != 0, r.factored != 0},
+                       pointer(uintptr_t(r.param)),
+                       pointer(uintptr_t(r.grad)),
+                       pointer(uintptr_t(r.output)),
+                       pointer(uintptr_t(r.momentum)),
+                       pointer(uintptr_t(r.second_moment)),
+                       pointer(uintptr_t(r.row)),
+                       pointer(uintptr_t(r.column)),
+                       r.momentum_stride,
+                       r.second_moment_stride,
+                       r.row_stride,
+                       r.column_stride,
+                       r.normalised_over,
+                       rates[i].lr,
+                       rates[i].weight_decay});
   }
   return tensors;
 }
@@ -67,41 +76,41 @@ Output output_of(const std::string& name) {
 using LayerTuple = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int64_t>;
 
 void call_element_mlp(const MlpSpec& spec, const Rates& rates, const std::vector<LayerTuple>& layer_tuples,
-                      const std::vector<TensorTuple>& tuples, uintptr_t multipliers, double grad_scale,
-                      double grad_bound, const std::string& output, uintptr_t messages,
+                      const TensorTable& table, uintptr_t multipliers, uintptr_t column_mean_square,
+                      double grad_scale, double grad_bound, const std::string& output, uintptr_t messages,
                       const std::string& pool, int threads) {
   if (layer_tuples.size() != size_t(spec.hidden_layers) + 1)
     throw std::invalid_argument("hidden_layers + 1 layers are needed");
   std::vector<MlpLayer> layers;
   for (const auto& [w, b, inputs, outputs, w_stride, b_stride] : layer_tuples)
     layers.push_back({numbers(w), numbers(b), inputs, outputs, w_stride, b_stride});
-  const std::vector<OperationTensor> tensors = tensors_of(tuples);
+  const std::vector<OperationTensor> tensors = tensors_of(table);
   const Output result = output_of(output);
   const Pool chosen = named_pool(pool.c_str(), threads);
   py::gil_scoped_release release;
   element_mlp(spec, averages_of(rates), layers.data(), tensors.data(), int64_t(tensors.size()),
-              numbers(multipliers), {grad_scale, grad_bound}, result, static_cast<double*>(pointer(messages)),
-              chosen);
+              numbers(multipliers), numbers(column_mean_square), {grad_scale, grad_bound}, result,
+              static_cast<double*>(pointer(messages)), chosen);
 }
 
-void call_adam(const std::vector<TensorTuple>& tuples, uintptr_t scalars, double grad_scale,
-               double grad_bound, const std::string& output, const std::string& pool, int threads) {
-  const std::vector<OperationTensor> tensors = tensors_of(tuples);
+void call_adam(const TensorTable& table, uintptr_t scalars, double grad_scale, double grad_bound,
+               const std::string& output, uintptr_t statistics, const std::string& pool, int threads) {
+  const std::vector<OperationTensor> tensors = tensors_of(table);
   const Output result = output_of(output);
   const Pool chosen = named_pool(pool.c_str(), threads);
   py::gil_scoped_release release;
   adam(tensors.data(), int64_t(tensors.size()), static_cast<const AdamScalars*>(pointer(scalars)),
-       {grad_scale, grad_bound}, result, chosen);
+       {grad_scale, grad_bound}, result, static_cast<double*>(pointer(statistics)), chosen);
 }
 
-void call_statistics(const Rates& rates, bool moved, const std::vector<TensorTuple>& tuples,
+void call_statistics(const Rates& rates, const MlpSpec* columns, bool moved, const TensorTable& table,
                      double grad_scale, double grad_bound, uintptr_t out, const std::string& pool,
                      int threads) {
-  const std::vector<OperationTensor> tensors = tensors_of(tuples);
+  const std::vector<OperationTensor> tensors = tensors_of(table);
   const Pool chosen = named_pool(pool.c_str(), threads);
   py::gil_scoped_release release;
-  statistics(averages_of(rates), moved, tensors.data(), int64_t(tensors.size()), {grad_scale, grad_bound},
-             static_cast<double*>(pointer(out)), chosen);
+  statistics(averages_of(rates), columns, moved, tensors.data(), int64_t(tensors.size()),
+             {grad_scale, grad_bound}, static_cast<double*>(pointer(out)), chosen);
 }
 
 }  // namespace
@@ -134,12 +143,14 @@ void bind_operations(py::module_& m) {
            py::arg("scale_epsilon"), py::arg("scale_cap"), py::arg("tanh"), py::arg("rms_epsilon"),
            py::arg("diagonal_momentum_epsilon"), py::arg("normaliser_epsilon"), py::arg("factored_vectors"));
   m.def("element_mlp", &call_element_mlp, py::kw_only(), py::arg("spec"), py::arg("rates"), py::arg("layers"),
-        py::arg("tensors"), py::arg("multipliers"), py::arg("grad_scale"), py::arg("grad_bound"),
-        py::arg("output"), py::arg("messages"), py::arg("pool"), py::arg("threads"));
+        py::arg("tensors"), py::arg("multipliers"), py::arg("column_mean_square") = 0, py::arg("grad_scale"),
+        py::arg("grad_bound"), py::arg("output"), py::arg("messages"), py::arg("pool"), py::arg("threads"));
   m.def("adam", &call_adam, py::kw_only(), py::arg("tensors"), py::arg("scalars"), py::arg("grad_scale"),
-        py::arg("grad_bound"), py::arg("output"), py::arg("pool"), py::arg("threads"));
-  m.def("statistics", &call_statistics, py::kw_only(), py::arg("rates"), py::arg("moved"), py::arg("tensors"),
-        py::arg("grad_scale"), py::arg("grad_bound"), py::arg("out"), py::arg("pool"), py::arg("threads"));
+        py::arg("grad_bound"), py::arg("output"), py::arg("statistics") = 0, py::arg("pool"),
+        py::arg("threads"));
+  m.def("statistics", &call_statistics, py::kw_only(), py::arg("rates"), py::arg("columns") = py::none(),
+        py::arg("moved"), py::arg("tensors"), py::arg("grad_scale"), py::arg("grad_bound"), py::arg("out"),
+        py::arg("pool"), py::arg("threads"));
 }
 
 }  // namespace lopt

@@ -25,6 +25,18 @@ std::vector<int64_t> in_order(const std::vector<int64_t>& order, const int64_t* 
 
 char* address_of(const DlTensor& tensor) { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
 
+// `capsule` is torch.Tensor.__dlpack_c_exchange_api__.
+const DlExchangeApi* exchange_of(const py::capsule& capsule) {
+  const auto* exchange =
+      static_cast<const DlExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (!exchange) throw py::error_already_set();
+  while (exchange && exchange->major_version != kDlMajorVersion) exchange = exchange->previous;
+  if (!exchange || !exchange->tensor_from_object)
+    throw std::invalid_argument(
+        "this PyTorch does not offer DLPack exchange of major version 1: use 2.13 or later");
+  return exchange;
+}
+
 }  // namespace
 
 bool PlanBase::Entry::empty() const { return std::find(shape.begin(), shape.end(), 0) != shape.end(); }
@@ -58,13 +70,7 @@ PlanBase::PlanBase(const Spec& spec, py::dict state, py::capsule exchange, py::o
       exchange_capsule_(std::move(exchange)),
       is_negated_(std::move(is_negated)),
       grad_name_(py::reinterpret_steal<py::str>(PyUnicode_InternFromString("grad"))) {
-  exchange_ =
-      static_cast<const DlExchangeApi*>(PyCapsule_GetPointer(exchange_capsule_.ptr(), "dlpack_exchange_api"));
-  if (!exchange_) throw py::error_already_set();
-  while (exchange_ && exchange_->major_version != kDlMajorVersion) exchange_ = exchange_->previous;
-  if (!exchange_ || !exchange_->tensor_from_object)
-    throw std::invalid_argument(
-        "this PyTorch does not offer DLPack exchange of major version 1: use 2.13 or later");
+  exchange_ = exchange_of(exchange_capsule_);
 }
 
 void PlanBase::add(py::object parameter, size_t group, const Record& record, std::vector<int64_t> order,
@@ -395,7 +401,33 @@ py::list ListPlan::run() const {
   return found;
 }
 
+// Where tensors lie, and how (device, type, sizes, strides), each as bytes to compare with those of another
+// time; None if one of them cannot be read.
+py::object described(const py::list& tensors, const py::capsule& exchange) {
+  const DlExchangeApi* api = exchange_of(exchange);
+  std::vector<int64_t> addresses, layouts;
+  addresses.reserve(tensors.size());
+  layouts.reserve(tensors.size() * 8);
+  for (const py::handle object : tensors) {
+    DlTensor t;
+    if (api->tensor_from_object(object.ptr(), &t) != 0) {
+      PyErr_Clear();
+      return py::none();
+    }
+    addresses.push_back(int64_t(reinterpret_cast<intptr_t>(address_of(t))));
+    layouts.insert(layouts.end(),
+                   {t.device_type, t.device_id, t.type_code, t.type_bits, t.type_lanes, t.ndim});
+    layouts.insert(layouts.end(), t.shape, t.shape + t.ndim);
+    layouts.insert(layouts.end(), t.strides, t.strides + t.ndim);
+  }
+  const auto bytes = [](const std::vector<int64_t>& values) {
+    return py::bytes(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(int64_t));
+  };
+  return py::make_tuple(bytes(addresses), bytes(layouts));
+}
+
 void bind_plan(py::module_& m) {
+  m.def("described", &described, py::arg("tensors"), py::arg("exchange"));
   const auto collectable = [](PyHeapTypeObject* heap_type) {
     PyTypeObject* type = &heap_type->ht_type;
     type->tp_flags |= Py_TPFLAGS_HAVE_GC;

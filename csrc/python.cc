@@ -11,12 +11,14 @@
 #include <vector>
 
 #include "csrc/core.h"
+#include "csrc/gpu_operations_python.h"
 #include "csrc/gpu_python.h"
 #include "csrc/gpu_test_hooks.h"
 #include "csrc/operations_python.h"
 #include "csrc/plan.h"
 #include "csrc/timing.h"
 #include "csrc/xla.h"
+#include "csrc/xla_gpu_operations.h"
 #include "csrc/xla_operations.h"
 
 namespace py = pybind11;
@@ -139,6 +141,7 @@ PYBIND11_MODULE(_native, m) {
   lopt::bind_plan(m);
   lopt::bind_operations(m);
   lopt::bind_gpu(m);
+  lopt::bind_gpu_operations(m);
   lopt::bind_gpu_test_hooks(m);
 
   m.def("xla_handlers", [] {  // of small_fc_lopt, by platform
@@ -153,6 +156,12 @@ PYBIND11_MODULE(_native, m) {
     handlers["element_mlp"] = xla_handler(lopt::xla_element_mlp_handler());
     handlers["adam"] = xla_handler(lopt::xla_adam_handler());
     handlers["statistics"] = xla_handler(lopt::xla_statistics_handler());
+    return handlers;
+  });
+  m.def("xla_gpu_operation_handlers", [] {  // of all operations
+    py::dict handlers;
+    handlers["cuda"] = xla_handler(lopt::xla_gpu_operation_handler());
+    handlers["emulator"] = xla_handler(lopt::xla_emulated_operation_handler());
     return handlers;
   });
   m.def("xla_set_device", [](const py::capsule& device) {  // as lopt_fast._cuda.device() gives it

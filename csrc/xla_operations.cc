@@ -17,8 +17,8 @@ using xla::Buffer;
 using xla::CallFrame;
 using xla::require;
 
-constexpr int64_t kFormat = 1;  // of the attributes
-constexpr int64_t kCallFields = 6, kTensorFields = 8, kSpecFields = 7, kRealFields = 7, kLayerFields = 4;
+constexpr int64_t kFormat = 2;  // of the attributes
+constexpr int64_t kCallFields = 7, kTensorFields = 8, kSpecFields = 8, kRealFields = 7, kLayerFields = 4;
 
 const Buffer& operand(const CallFrame& frame, int64_t i) {
   require(i < frame.operands.size, "too few operands");
@@ -75,12 +75,19 @@ class Call {
   int64_t count() const { return header_[1]; }
   int64_t models() const { return batch_.size; }
   int64_t mode() const { return header_[5]; }
+  // Of adam: whether there are statistics. Of statistics: whether there are columns.
+  bool has_more() const { return header_[6] != 0; }
   const xla::Batch& batch() const { return batch_; }
   // Tensors of a model.
   const OperationTensor* tensors(int64_t model) const { return tensors_.data() + model * count(); }
   // Numbers of the operation's own.
   const double* extra(int64_t model) const { return numbers(model) + averages_count() + 2 + 2 * count(); }
 
+  // How many, without rates.
+  Averages counts() const {
+    const auto zeros = [](int64_t count) { return std::vector<double>(static_cast<size_t>(count)); };
+    return {zeros(header_[2]), zeros(header_[3]), zeros(header_[4])};
+  }
   Averages averages(int64_t model) const {
     const double *momentum = numbers(model), *second = momentum + header_[2], *factored = second + header_[3];
     return {{momentum, second}, {second, factored}, {factored, factored + header_[4]}};
@@ -193,6 +200,29 @@ class Call {
   std::vector<Copy> copies_;
 };
 
+// The numbers that an operation returns beside tensors: (models, tensors, size), the last result if there are
+// any.
+class Rows {
+ public:
+  Rows(const Call& call, int64_t size)
+      : size_(call.count() * size), found_(static_cast<size_t>(call.models() * size_)) {
+    if (size_)
+      to_ = &call.last_result(size_);
+    else
+      call.require_no_more_results();
+  }
+  // Null where there are none.
+  double* of(int64_t model) { return size_ ? found_.data() + model * size_ : nullptr; }
+  void write() const {
+    if (to_) write_doubles(*to_, found_);
+  }
+
+ private:
+  int64_t size_;
+  std::vector<double> found_;
+  const Buffer* to_ = nullptr;
+};
+
 Output output_of(const Call& call) { return static_cast<Output>(call.mode()); }
 
 // ---- element_mlp ----
@@ -250,20 +280,20 @@ std::vector<Layer> layers_of(const CallFrame& frame, const MlpSpec& spec, const 
 void run_element_mlp(const CallFrame& frame) {
   const MlpSpec spec = spec_of(frame);
   const bool multiplied = integers(frame, "spec", kSpecFields)[6] != 0;
-  const Call call(frame, multiplied ? 1 : 0, 2 * (spec.hidden_layers + 1), true);
+  const int64_t given = integers(frame, "spec", kSpecFields)[7];  // mean squares of columns
+  const Call call(frame, given + (multiplied ? 1 : 0), 2 * (spec.hidden_layers + 1), true);
   const std::vector<Layer> layers = layers_of(frame, spec, call);
-  const int64_t messages = call.count() * spec.messages;
-  std::vector<double> found(static_cast<size_t>(call.models() * messages));
-  const Buffer* sent = messages ? &call.last_result(messages) : nullptr;
-  if (!sent) call.require_no_more_results();
+  require(given == 0 || given == layers[0].inputs, "wrong number of mean squares of columns");
+  Rows messages(call, spec.messages);
   call.run([&](int64_t model, const Pool& pool) {
     std::vector<MlpLayer> mine;
     for (const Layer& layer : layers) mine.push_back(layer.of(model));
+    const double* mean_squares = given ? call.extra(model) + (multiplied ? call.count() : 0) : nullptr;
     element_mlp(spec, call.averages(model), mine.data(), call.tensors(model), call.count(),
-                multiplied ? call.extra(model) : nullptr, call.rule(model), output_of(call),
-                found.data() + model * messages, pool);
+                multiplied ? call.extra(model) : nullptr, mean_squares, call.rule(model), output_of(call),
+                messages.of(model), pool);
   });
-  if (sent) write_doubles(*sent, found);
+  messages.write();
 }
 
 // ---- adam ----
@@ -271,28 +301,30 @@ void run_element_mlp(const CallFrame& frame) {
 void run_adam(const CallFrame& frame) {
   constexpr int64_t scalars = sizeof(AdamScalars) / sizeof(double);
   const Call call(frame, scalars, 0, true);
-  call.require_no_more_results();
+  Rows rows(call, call.has_more() ? statistics_size({{0}, {0}, {}}, nullptr) : 0);
   call.run([&](int64_t model, const Pool& pool) {
     std::vector<AdamScalars> mine;
     for (const double *s = call.extra(model), *end = s + scalars * call.count(); s < end; s += scalars)
       mine.push_back({s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8]});
-    adam(call.tensors(model), call.count(), mine.data(), call.rule(model), output_of(call), pool);
+    adam(call.tensors(model), call.count(), mine.data(), call.rule(model), output_of(call), rows.of(model),
+         pool);
   });
+  rows.write();
 }
 
 // ---- statistics ----
 
 void run_statistics(const CallFrame& frame) {
   const Call call(frame, 0, 0, false);
-  const int64_t size = call.count() * (call.models() ? statistics_size(call.averages(0)) : 0);
-  std::vector<double> found(static_cast<size_t>(call.models() * size));
-  if (found.empty()) return;
-  const Buffer& out = call.last_result(size);
+  MlpSpec spec;
+  const MlpSpec* columns = nullptr;
+  if (call.has_more()) columns = &(spec = spec_of(frame));
+  Rows rows(call, statistics_size(call.counts(), columns));
   call.run([&](int64_t model, const Pool& pool) {
-    statistics(call.averages(model), call.mode() != 0, call.tensors(model), call.count(), call.rule(model),
-               found.data() + model * size, pool);
+    statistics(call.averages(model), columns, call.mode() != 0, call.tensors(model), call.count(),
+               call.rule(model), rows.of(model), pool);
   });
-  write_doubles(out, found);
+  rows.write();
 }
 
 xla::Error* handle_element_mlp(xla::CallFrame* frame) {
@@ -304,6 +336,9 @@ xla::Error* handle_statistics(xla::CallFrame* frame) {
 }
 
 }  // namespace
+
+MlpSpec xla_mlp_spec(const xla::CallFrame& frame) { return spec_of(frame); }
+bool xla_mlp_multiplied(const xla::CallFrame& frame) { return integers(frame, "spec", kSpecFields)[6] != 0; }
 
 void* xla_element_mlp_handler() { return reinterpret_cast<void*>(&handle_element_mlp); }
 void* xla_adam_handler() { return reinterpret_cast<void*>(&handle_adam); }

@@ -81,7 +81,7 @@ class Probe(Architecture):
         left = 1.0 - xp.astype(inputs.t, theta["rate"].dtype) / inputs.num_steps
         rate = (theta["rate"][0] + theta["rate"][1] * left + 0.1 * loss) / (1.0 + rows["seen"])
         scalars = AdamScalars.of(rate, beta1=0.9, beta2=0.99, scale=rate, epsilon=1e-3)
-        outputs, states, _ = operations.adam(tensors, scalars)
+        outputs, states, *_ = operations.adam(tensors, scalars)
         return Update(outputs, states, {"seen": rows["seen"] + 1.0}, {"loss": loss})
 
     def observe_validation(self, theta, shared, loss):

@@ -26,16 +26,18 @@ import lopt_fast.jax as lopt  # noqa: E402
 from lopt_fast.architectures import ARCHITECTURES, initial_theta  # noqa: E402
 from lopt_fast.architectures.celo import Celo  # noqa: E402
 from lopt_fast.backends import BackendError, BackendWarning, native  # noqa: E402
-from lopt_fast.jax import call, operations  # noqa: E402
+from lopt_fast.jax import call, gpu_operations, operations  # noqa: E402
 from lopt_fast.jax.grouped import Grouped  # noqa: E402
 from lopt_fast.jax.operations import CustomCalls, implementation  # noqa: E402
 from lopt_fast.operations import AdamScalars, Decays, ElementMlp, ModelTensors, Weights  # noqa: E402
 from lopt_fast.operations.adam import ADAM_AVERAGES  # noqa: E402
+from lopt_fast.spec import Averages  # noqa: E402
 from tests.test_jax_architectures import SMALL, arrays, numpy_run, run  # noqa: E402
 from tests.test_native_operations import (  # noqa: E402
     SHAPES,
     SPECS,
     assert_same_bits,
+    assert_same_statistics,
     kernels,
     random_decays,
     random_scalars,
@@ -73,7 +75,10 @@ def problem(
         "weights": random_weights(spec, len(shapes), own, seed),
         "multiplier": rng.uniform(0.5, 1.5, len(shapes)) if case else None,
         "gradient_clip": rng.uniform(1.0, 2.0) if case else None,
+        "column_mean_square": None,
     }
+    if case == 1 and spec.normalise_over == "tensor":
+        given["column_mean_square"] = rng.uniform(0.5, 1.5, (len(shapes), spec.layer_sizes[0][0]))
     return in_type(given, dtype), {"apply": case != 1, "steps_only": case == 2}
 
 
@@ -82,7 +87,7 @@ def step(implementation: Any, spec: ElementMlp, fixed: dict[str, Any], given: di
     tensors = ModelTensors(**{name: given[name] for name in fields}, apply=fixed["apply"])
     return implementation.element_mlp(
         spec, tensors, given["decays"], Weights(*given["weights"]), given["multiplier"], given["gradient_clip"],
-        fixed["steps_only"],
+        fixed["steps_only"], given["column_mean_square"],
     )  # fmt: skip
 
 
@@ -117,8 +122,9 @@ def test_both_types_at_once() -> None:
     assert [a.dtype.name for a in found.outputs] == ["float32", "float64", "float64"]
 
 
+@pytest.mark.parametrize("statistics", [True, False])
 @pytest.mark.parametrize("apply", [True, False])
-def test_adam(apply: bool) -> None:
+def test_adam(apply: bool, statistics: bool) -> None:
     tensors = random_tensors(ADAM_AVERAGES, SHAPES, "float32")
     scalars = in_type(random_scalars(len(SHAPES)), "float32")
     lr = in_type(tensors.lr, "float32")
@@ -126,31 +132,42 @@ def test_adam(apply: bool) -> None:
     def update(calls: Any, params: Any, grads: Any, states: Any, lr: Any, scalars: Any) -> Any:
         given = replace(tensors, params=params, grads=grads, states=states, lr=lr, apply=apply)
         given = replace(given, weight_decay=[np.float32(0.1)] * len(lr), grad_scale=np.float32(0.7))
-        return calls.adam(given, AdamScalars(*scalars), np.float32(1.2))
+        return calls.adam(given, AdamScalars(*scalars), np.float32(1.2), statistics=statistics)
 
     arguments = tensors.params, tensors.grads, tensors.states, lr, scalars
-    assert_same_bits(jax.jit(partial(update, CALLS))(*arguments), update(kernels(), *arguments))
+    found, expected = jax.jit(partial(update, CALLS))(*arguments), update(kernels(), *arguments)
+    assert_same_bits(found, expected)
+    if not statistics:
+        assert found.statistics is None
+        return
+    assert_same_statistics(found.statistics, expected.statistics)
+    batched = jax.jit(jax.vmap(partial(update, CALLS), in_axes=(None, 0, None, None, None)))
+    found = batched(tensors.params, [np.stack([2 * g, g]) for g in tensors.grads], *arguments[2:])
+    assert_same_statistics(pick(found.statistics, 1), expected.statistics)
 
 
-@pytest.mark.parametrize("moved", [True, False])
-def test_statistics(moved: bool) -> None:
-    spec = SPECS["rnn_fc_lopt"]
+@pytest.mark.parametrize("name", ["rnn_fc_lopt", "velo", "averages alone"])
+@pytest.mark.parametrize("moment", ["before", "after", "no decays"])
+def test_statistics(name: str, moment: str) -> None:
+    """With mean squares of columns, but for the last of each."""
+    spec = SPECS.get(name, Averages(5, 5))
     tensors = random_tensors(spec, SHAPES, "float32")
-    decays = in_type(random_decays(spec), "float32") if moved else None
+    decays = in_type(random_decays(spec), "float32") if moment != "no decays" else None
 
     def seen(calls: Any, params: Any, grads: Any, states: Any, decays: Any, bound: Any) -> Any:
         given = replace(tensors, params=params, grads=grads, states=states, grad_scale=np.float32(0.7))
-        return calls.statistics(spec, given, decays, bound)
+        return calls.statistics(spec, given, decays, bound, before=moment == "before")
 
     grads = [np.stack([g, 2 * g, -g]) for g in tensors.grads]
     bounds = np.float32([0.5, 1.0, 2.0])
     batched = jax.vmap(partial(seen, CALLS), in_axes=(None, 0, None, None, 0))
     found = jax.jit(batched)(tensors.params, grads, tensors.states, decays, bounds)
+    columns = name != "averages alone" and moment != "no decays"
+    assert (found.column_mean_square is not None) == columns
     for i in range(3):
         mine = [np.asarray(g[i]) for g in grads]
         expected = seen(kernels(), tensors.params, mine, tensors.states, decays, bounds[i])
-        for name, a, b in zip(expected._fields, found, expected, strict=True):
-            np.testing.assert_array_equal(np.asarray(a)[i], b, err_msg=name)
+        assert_same_statistics(pick(found, i), expected)
 
 
 # ---- JAX's transformations ----
@@ -254,15 +271,17 @@ SHARDED = """
         params, states = carried
         def body(carry, _):
             now = {**given, "params": carry[0], "states": carry[1], "weights": weights, "grad_scale": scale}
-            now["multiplier"] = variances(calls, now)
+            seen = statistics(calls, now)
+            now["multiplier"] = seen.parameter_variance
+            now["column_mean_square"] = seen.column_mean_square
             result = step(calls, spec, fixed, now)
             return (result.outputs, result.states), result.messages
         return jax.lax.scan(body, carried, None, length=2)
 
-    def variances(calls, now):
+    def statistics(calls, now):
         from lopt_fast.operations import ModelTensors
         tensors = ModelTensors(now["params"], now["grads"], now["states"], now["lr"], now["weight_decay"])
-        return calls.statistics(spec, tensors, None).parameter_variance
+        return calls.statistics(spec, tensors, now["decays"])
 
     def population(calls):
         def run(weights, scales):
@@ -320,15 +339,15 @@ def test_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert implementation(celo, "auto") == CustomCalls()
-    for backend in ("cuda", "triton"):
-        with pytest.raises(
-            BackendError, match=f"'{backend}' of celo.*no custom call for its operations on cuda"
-        ):
-            implementation(celo, backend)
+    with pytest.raises(BackendError, match=r"'triton' of celo.*no custom call for its operations on triton"):
+        implementation(celo, "triton")
+    monkeypatch.setattr(gpu_operations, "refusal", lambda architecture: "there is no GPU")
+    with pytest.raises(BackendError, match=r"'cuda' of celo.*there is no GPU"):
+        implementation(celo, "cuda")
     with pytest.raises(BackendError, match="'gpu': must be one of auto"):
         implementation(celo, "gpu")
     monkeypatch.setattr(call, "known_platforms", lambda: ["cuda", "cpu"])
-    with pytest.warns(BackendWarning, match="celo uses the reference.*no custom call.* on cuda"):
+    with pytest.warns(BackendWarning, match="celo uses the reference.*there is no GPU"):
         assert implementation(celo, "auto") == CustomCalls(elsewhere=True)
     assert implementation(celo, "cpu") == CustomCalls()
     monkeypatch.setattr(call, "known_platforms", lambda: ["tpu"])

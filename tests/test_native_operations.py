@@ -17,10 +17,20 @@ from lopt_fast.architectures.celo2 import Celo2
 from lopt_fast.architectures.fc_lopt import FcLopt
 from lopt_fast.architectures.rnn_fc_lopt import RnnFcLopt
 from lopt_fast.architectures.velo import Velo
-from lopt_fast.operations import AdamScalars, Decays, ElementMlp, ModelTensors, Reference, Result, Weights
+from lopt_fast.operations import (
+    AdamScalars,
+    Decays,
+    ElementMlp,
+    ModelTensors,
+    Reference,
+    Result,
+    Statistics,
+    Weights,
+)
 from lopt_fast.operations.accumulators import initial_state
 from lopt_fast.operations.adam import ADAM_AVERAGES
 from lopt_fast.reference import TensorState
+from lopt_fast.spec import Averages
 from tests.helpers import RELATIVE, assert_states_close, assert_update_close
 
 native_operations = pytest.importorskip("lopt_fast.native_operations")
@@ -174,24 +184,103 @@ def test_large_tensors_are_right_and_the_same_bits_on_any_threads(name: str) -> 
         assert_same_bits(kernels(threads=threads).element_mlp(*arguments), first)
 
 
+def assert_statistics_close(actual: Statistics, expected: Statistics, dtype: str) -> None:
+    for name, a, e in zip(actual._fields, actual, expected, strict=True):
+        assert (a is None) == (e is None), name
+        if e is None:
+            continue
+        assert a.dtype == dtype
+        bound = {"float32": 1e-5, "float64": 1e-11}[dtype]
+        if name == "column_mean_square":  # each on its own: they are of very different sizes
+            # 8,192 are added up in their own type: where they are all alike, as bounded ones, roundings are too.
+            np.testing.assert_allclose(a, e, rtol=3 * bound, atol=0, err_msg=name)
+        else:
+            assert_close(a, e, bound, name)
+
+
+def assert_same_statistics(actual: Statistics, expected: Statistics) -> None:
+    for name, a, e in zip(actual._fields, actual, expected, strict=True):
+        np.testing.assert_array_equal(a, e, err_msg=name)
+
+
+def far_from_zero(tensors: ModelTensors) -> ModelTensors:
+    """Parameters with variances that a sum of squares alone would lose."""
+    for p in tensors.params:
+        p *= 0.01
+        p += 100.0
+    return tensors
+
+
 @pytest.mark.parametrize("moved", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_statistics(dtype: str, moved: bool) -> None:
-    spec = SPECS["rnn_fc_lopt"]
-    tensors = random_tensors(spec, [*SHAPES, *LARGE], dtype)
-    for p in tensors.params:  # variances that a sum of squares alone would lose
-        p *= 0.01
-        p += 100.0
-    decays = random_decays(spec) if moved else None
-    actual = kernels().statistics(spec, tensors, decays, gradient_clip=1.2)
-    expected = Reference.statistics(spec, in_float64(tensors), decays, gradient_clip=1.2)
-    for name, a, e in zip(actual._fields, actual, expected, strict=True):
-        assert a.dtype == dtype
-        assert_close(a, e, {"float32": 1e-5, "float64": 1e-11}[dtype], name)
+    counts = Averages.of(SPECS["rnn_fc_lopt"])
+    tensors = far_from_zero(random_tensors(counts, [*SHAPES, *LARGE], dtype))
+    decays = random_decays(counts) if moved else None
+    actual = kernels().statistics(counts, tensors, decays, gradient_clip=1.2)
+    expected = Reference.statistics(counts, in_float64(tensors), decays, gradient_clip=1.2)
+    assert_statistics_close(actual, expected, dtype)
     for threads in (1, 5):
-        again = kernels(threads=threads).statistics(spec, tensors, decays, gradient_clip=1.2)
-        for a, b in zip(again, actual, strict=True):
-            np.testing.assert_array_equal(a, b)
+        assert_same_statistics(
+            kernels(threads=threads).statistics(counts, tensors, decays, gradient_clip=1.2), actual
+        )
+
+
+@pytest.mark.parametrize("length", [1, 128, 1000, 5000])
+def test_variances_of_steps(length: int) -> None:
+    """Means that jump, by far more than what is beside them, after `length` elements; also within a group of them."""
+    rng = np.random.default_rng(0)
+    n = 40_000
+    p = 1e-3 * rng.standard_normal(n) + 100.0 * rng.standard_normal(n // length + 1)[np.arange(n) // length]
+    p[:128] += 1e4
+    p = p.astype(np.float32)
+    tensors = ModelTensors([p], [p[::-1].copy()], [initial_state(Averages(), p)], [1.0], [0.0])
+    found = kernels().statistics(Averages(), tensors, None)
+    variance = np.var(p.astype(np.float64))
+    assert abs(found.parameter_variance[0] - variance) <= 1e-5 * variance
+    assert abs(found.gradient_variance[0] - variance) <= 1e-5 * variance
+
+
+WHOLE = {
+    **{name: spec for name, spec in SPECS.items() if spec.normalise_over == "tensor"},
+    "without p": replace(SPECS["few"], scale="parameter_rms", scale_epsilon=1e-3),
+    "not of vectors": replace(SPECS["celo2"], normalise_over="tensor"),
+}
+"""Specifications whose columns have one mean square for a tensor."""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", WHOLE)
+def test_mean_squares_of_columns(name: str, dtype: str) -> None:
+    """Found by `statistics`, which tells nothing else than without columns, and taken by `element_mlp`."""
+    spec, shapes = WHOLE[name], [*SHAPES, *LARGE[: 1 if dtype == "float64" else 4]]
+    tensors = random_tensors(spec, shapes, dtype)
+    decays, clip = random_decays(spec), 1.2
+    found = kernels().statistics(spec, tensors, decays, clip)
+    assert_statistics_close(found, Reference.statistics(spec, in_float64(tensors), decays, clip), dtype)
+    assert_same_statistics(
+        found._replace(column_mean_square=None),
+        kernels().statistics(Averages.of(spec), tensors, decays, clip),
+    )
+    before = kernels(threads=5).statistics(spec, tensors, decays, clip, before=True)
+    np.testing.assert_array_equal(before.column_mean_square, found.column_mean_square)
+    assert_same_statistics(
+        before._replace(column_mean_square=None), kernels().statistics(spec, tensors, None, clip)
+    )
+
+    weights = random_weights(spec, len(shapes), (True, True))
+    arguments = decays, weights, 1.0 + np.arange(len(shapes)) / 7, clip
+    given = kernels().element_mlp(spec, tensors, *arguments, column_mean_square=found.column_mean_square)
+    if dtype == "float64" and name != "without p":  # which adds its squares up in a loop of its own
+        assert_same_bits(given, kernels().element_mlp(spec, tensors, *arguments))
+    expected = Reference.element_mlp(spec, in_float64(tensors), *arguments)
+    assert_result_close(given, expected, tensors, dtype, name)
+    # They are what normalises. Columns of an axis are found again, as that takes no pass.
+    other = kernels().element_mlp(
+        spec, tensors, *arguments, column_mean_square=2.0 * found.column_mean_square
+    )
+    moved = [np.abs(a - b).max() / np.abs(b).max() for a, b in zip(other.outputs, given.outputs, strict=True)]
+    assert max(moved) > 1e-3
 
 
 def random_scalars(tensors: int) -> AdamScalars:
@@ -205,11 +294,18 @@ def random_scalars(tensors: int) -> AdamScalars:
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_adam(dtype: str, apply: bool) -> None:
     shapes = [*SHAPES, *LARGE]
-    tensors = random_tensors(ADAM_AVERAGES, shapes, dtype, apply=apply)
-    actual = kernels().adam(tensors, random_scalars(len(shapes)), 1.2)
-    expected = Reference.adam(in_float64(tensors), random_scalars(len(shapes)), 1.2)
+    tensors = far_from_zero(random_tensors(ADAM_AVERAGES, shapes, dtype, apply=apply))
+    scalars = random_scalars(len(shapes))
+    actual = kernels().adam(tensors, scalars, 1.2)
+    expected = Reference.adam(in_float64(tensors), scalars, 1.2, statistics=True)
     assert_result_close(actual, expected, tensors, dtype, "adam")
-    assert_same_bits(kernels(threads=5).adam(tensors, random_scalars(len(shapes)), 1.2), actual)
+    first, second = (
+        kernels(threads=threads).adam(tensors, scalars, 1.2, statistics=True) for threads in (1, 5)
+    )
+    assert_same_bits(first, actual)
+    assert_same_bits(second, actual)
+    assert_statistics_close(first.statistics, expected.statistics, dtype)
+    assert_same_statistics(second.statistics, first.statistics)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow", "ignore:divide by zero")
@@ -235,14 +331,15 @@ def test_gradients_that_are_not_finite(dtype: str, value: float) -> None:
         tensors = random_tensors(ADAM_AVERAGES, SHAPES, dtype, apply=True)
         for g in tensors.grads:
             g.reshape(-1)[0] = value
-        adam = kernels().adam(tensors, random_scalars(len(SHAPES)), clip)
-        by_definition = Reference.adam(in_float64(tensors), random_scalars(len(SHAPES)), clip)
+        adam = kernels().adam(tensors, random_scalars(len(SHAPES)), clip, statistics=True)
+        by_definition = Reference.adam(in_float64(tensors), random_scalars(len(SHAPES)), clip, True)
         for a, e in zip(adam.outputs, by_definition.outputs, strict=True):
             assert_close(a, e, 1e-4, "adam")
+        for a, e in zip(adam.statistics[:-1], by_definition.statistics[:-1], strict=True):
+            assert_close(a, e, 1e-4, "statistics of adam")
         found = kernels().statistics(ADAM_AVERAGES, tensors, None, clip)
-        for a, e in zip(
-            found, Reference.statistics(ADAM_AVERAGES, in_float64(tensors), None, clip), strict=True
-        ):
+        by_definition = Reference.statistics(ADAM_AVERAGES, in_float64(tensors), None, clip)
+        for a, e in zip(found[:-1], by_definition[:-1], strict=True):
             assert_close(a, e, 1e-4, "statistics")
 
 
@@ -315,9 +412,19 @@ def test_other_orders_in_memory_and_what_is_refused() -> None:
     assert all(a is b for a, b in zip(actual.outputs, tensors.params, strict=True))
     assert_result_close(actual, expected, before, "float32", "in place")
 
-    found = kernels().statistics(spec, tensors, None)
-    for a, e in zip(found, Reference.statistics(spec, in_float64(tensors), None), strict=True):
-        assert_close(a, e, 1e-5)
+    found = kernels().statistics(spec, tensors, arguments[0])
+    wide = in_float64(tensors)
+    assert_statistics_close(found, Reference.statistics(spec, wide, arguments[0]), "float32")
+    given = kernels().element_mlp(spec, tensors, *arguments, column_mean_square=found.column_mean_square)
+    expected = Reference.element_mlp(spec, wide, *arguments)
+    assert_result_close(given, expected, wide, "float32", "mean squares given")
+
+    tensors = replace(tensors, states=[s._replace(momentum=s.momentum[:1]) for s in tensors.states])
+    scalars, wide = random_scalars(len(shapes)), in_float64(tensors)
+    seen = kernels(copies=False).adam(tensors, scalars, 1.2, statistics=True)
+    expected = Reference.adam(wide, scalars, 1.2, statistics=True)
+    assert_result_close(seen, expected, wide, "float32", "adam in place")
+    assert_statistics_close(seen.statistics, expected.statistics, "float32")
 
 
 def test_in_place_and_copies() -> None:
@@ -367,6 +474,10 @@ def test_errors_come_before_anything_is_written() -> None:
     fails(r"w\[0\] has shape \(3,", spec, tensors, decays, random_weights(spec, 3, (True, True)))
     fails("layer 0 are", spec, tensors, decays, random_weights(SPECS["fc_lopt"], 2, (True, True)))
     fails("multiplier", spec, tensors, decays, weights, np.ones(3))
+    fails(r"column_mean_square has shape \(2, 3\), expected \(2, 30\)",
+          spec, tensors, decays, weights, None, None, False, np.ones((2, 3)))  # fmt: skip
+    fails("column_mean_square: with normalise_over='matrix'",
+          SPECS["celo2"], tensors, decays, weights, None, None, False, np.ones((2, 3)))  # fmt: skip
     fails("there are no tensors", spec, tensors.select([]), decays, weights)
     fails("list", spec, replace(tensors, params=[[1.0], [2.0]]), decays, weights, error=TypeError)
     tensors.states[1].momentum.flags.writeable = False
@@ -381,6 +492,7 @@ def test_specifications_that_are_refused_take_the_definition() -> None:
     tensors = random_tensors(spec, [(5, 9), (4,)], "float64", apply=True)
     arguments = random_decays(spec), random_weights(spec, 2, (True, True))
     expected = Reference.element_mlp(spec, in_float64(tensors), *arguments)
+    assert kernels().statistics(spec, tensors, arguments[0]).column_mean_square is None
     assert_same_bits(kernels(copies=False).element_mlp(spec, tensors, *arguments), expected)
 
 

@@ -427,7 +427,7 @@ def test_hyperparameters_survive_json() -> None:
     ("name", "value"),
     [
         *[(n, v) for n in ("width", "layers", "heads", "key_size", "mlp_multiple") for v in (0, 2.0, True)],
-        ("hidden_size", 1), ("norm", "between"), ("decays", ()), ("messages", 3),
+        ("hidden_size", 0), ("norm", "between"), ("decays", ()), ("messages", 3),
     ],
 )  # fmt: skip
 def test_unusable_hyperparameters_are_named(name: str, value: Any) -> None:

@@ -28,7 +28,7 @@ from lopt_fast.architectures.nadamw import NAdamW  # noqa: E402
 from lopt_fast.checkpoint import Checkpoint  # noqa: E402
 from lopt_fast.operations import ModelTensors, Reference  # noqa: E402
 from lopt_fast.operations.accumulators import initial_state  # noqa: E402
-from lopt_fast.torch import LearnedOptimizer, operations  # noqa: E402
+from lopt_fast.torch import LearnedOptimizer, architecture_plan, operations  # noqa: E402
 from lopt_fast.training import TrainConfig, TrainingError, train  # noqa: E402
 from lopt_fast.training.choices import parse  # noqa: E402
 
@@ -433,6 +433,125 @@ def test_shared_arrays_may_change_places() -> None:
     assert [shared[key].item() for key in "abc"] == [3.0, 2.0, 1.0]
 
 
+# ---- what a plan keeps from step to step ----
+
+
+@pytest.fixture
+def cpu_kernels() -> None:
+    if not hasattr(backends._import_native()[0], "element_mlp"):
+        pytest.skip(f"no compiled kernels: {backends._import_native()[1]}")
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("name", ["velo", *SOME])
+def test_tensor_level_in_numpy_or_torch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same either way, also from state of the other; and no warning from NumPy about what is not finite."""
+    kinds = {"large": 1 << 60, "small": 1}
+    results: dict[str, list[Any]] = {kind: make_parameters(SHAPES, dtype=torch.float64) for kind in kinds}
+    optimizers = {kind: make(name, params, backend="cpu") for kind, params in results.items()}
+    for t in range(4):
+        for kind, params in results.items():
+            monkeypatch.setattr(architecture_plan, "ONE_THREAD", kinds[kind])
+            run(optimizers[kind], params, range(t, t + 1))
+            uses_numpy = optimizers[kind]._plan._model.level.in_numpy  # type: ignore[union-attr]
+            assert uses_numpy == (kind == "large" and name != "adamw")
+        if t == 1:
+            state = copy.deepcopy(optimizers["large"].state_dict())
+            optimizers["large"].load_state_dict(optimizers["small"].state_dict())
+            optimizers["small"].load_state_dict(state)
+    torch.testing.assert_close(results["large"], results["small"], rtol=1e-10, atol=1e-12)
+    monkeypatch.setattr(architecture_plan, "ONE_THREAD", 1 << 60)
+    results["large"][0].grad[0, 0] = math.inf
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizers["large"].step(loss=math.inf)
+
+
+def test_large_networks_leave_threads_to_torch() -> None:
+    """By the number of rows of the largest product; a network for the whole model has one."""
+
+    def in_numpy(name: str, tensors: int) -> bool:
+        optimizer = make(name, make_parameters([(2, 3)] * tensors), backend="auto")
+        run(optimizer, optimizer.param_groups[0]["params"], range(1))
+        level: Any = optimizer._plan._model.level  # type: ignore[union-attr]
+        return bool(level.in_numpy)
+
+    if make("celo", make_parameters([(2,)]), backend="auto").backends["cpu float32"] != "cpu":
+        pytest.skip("no compiled kernels")
+    assert in_numpy("nn_adam", 4)
+    assert in_numpy("celo_adam", 300)
+    assert not in_numpy("velo", 1)
+    assert not in_numpy("nn_adam", 300)
+
+
+def new_state_array(p: Any, optimizer: Any) -> None:
+    optimizer.state[p]["second_moment"] = optimizer.state[p]["second_moment"].clone()
+
+
+def state_through_data(p: Any, optimizer: Any) -> None:
+    optimizer.state[p]["second_moment"].data = optimizer.state[p]["second_moment"].clone()
+
+
+def new_row(p: Any, optimizer: Any) -> None:
+    optimizer.state[p]["lstm_hidden"] = optimizer.state[p]["lstm_hidden"].clone()
+
+
+def new_dicts(p: Any, optimizer: Any) -> None:
+    optimizer.state[p] = copy.deepcopy(optimizer.state[p])
+    shared = optimizer.param_groups[0]["shared"]
+    optimizer.param_groups[0]["shared"] = copy.deepcopy(shared)
+    shared["step"].fill_(1000)
+
+
+def parameter_through_data(p: Any, optimizer: Any) -> None:
+    p.data = p.detach().clone()
+
+
+def other_strides(p: Any, optimizer: Any) -> None:
+    p.data = p.detach().t().clone().t()
+
+
+def strided_gradient(p: Any, optimizer: Any) -> None:
+    p.grad = p.grad.t().clone().t()
+
+
+DISTURBANCES = [
+    new_state_array, state_through_data, new_row, new_dicts, parameter_through_data, other_strides, strided_gradient,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("disturb", DISTURBANCES, ids=lambda f: f.__name__)
+def test_nothing_kept_goes_stale(backend: str, disturb: Callable[[Any, Any], None]) -> None:
+    """Parameters, gradients and state may be moved between any two steps."""
+    plain, moved = make_parameters(SHAPES), make_parameters(SHAPES)
+    a, b = (make("nn_adam", params, backend=backend) for params in (plain, moved))
+    for t in range(4):
+        set_gradients(plain, t)
+        set_gradients(moved, t)
+        if t:
+            disturb(moved[3], b)
+        a.step(loss=1.0)
+        b.step(loss=1.0)
+        torch.testing.assert_close(plain, moved, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(arrays(b), arrays(a), rtol=1e-4, atol=1e-6)
+
+
+def test_rows_can_be_written_to(backend: str) -> None:
+    """They are views of what the tensor level computes with, and say what it computes with."""
+    params, twins = make_parameters(SHAPES), make_parameters(SHAPES)
+    a, b = make("nn_adam", params, backend=backend), make("nn_adam", twins, backend=backend)
+    run(a, params, range(2))
+    run(b, twins, range(2))
+    a.state[params[3]]["lr"].fill_(-0.1)
+    b.state[twins[3]]["lr"] = torch.full((), -0.1)
+    run(a, params, range(2, 4))
+    run(b, twins, range(2, 4))
+    assert_same(params, twins)
+    assert_state_same(arrays(a), arrays(b))
+    only_some = through_file(a.state[params[3]])
+    assert only_some["lr"] == a.state[params[3]]["lr"]
+
+
 @some
 def test_parameters_come_later(name: str) -> None:
     params, twins = make_parameters(SHAPES), make_parameters(SHAPES)
@@ -514,10 +633,11 @@ def test_losses_in_all_forms() -> None:
         assert_same(results[0], other)
 
 
-def test_validation_losses() -> None:
+def test_validation_losses(backend: str) -> None:
     """Seen by rnn_fc_lopt as by its definition; others take no notice."""
     params = make_parameters(SHAPES, dtype=torch.float64)
-    optimizer, oracle = make("rnn_fc_lopt", params), Oracle("rnn_fc_lopt", params, LABELS)
+    optimizer = make("rnn_fc_lopt", params, backend=backend)
+    oracle = Oracle("rnn_fc_lopt", params, LABELS)
     before = oracle.shared
     for t in range(3):
         set_gradients(params, t)

@@ -131,6 +131,9 @@ def test_statistics(moved: bool) -> None:
         spec, tensors_of(arrays), None if decays is None else Decays(*map(to_torch, decays)), 1.2
     )
     for name, a, e in zip(actual._fields, actual, expected, strict=True):
+        if name == "column_mean_square":
+            assert a is None
+            continue
         assert a.dtype == torch.float32
         # The rounding of 100 to float32 moves a variance of 1e-4.
         assert_close(a, e, 1e-3 if name == "parameter_variance" else 1e-5, name)
@@ -202,7 +205,8 @@ def test_other_orders_in_memory_and_what_is_refused() -> None:
     assert_result_close(arrays_of(actual), expected, arrays, "float32", "in place")
     found = TritonOperations().statistics(spec, tensors_of(arrays), None)
     for a, e in zip(found, Reference.statistics(spec, in_float64(arrays), None), strict=True):
-        assert_close(a, e, 1e-5)
+        if e is not None:
+            assert_close(a, e, 1e-5)
 
 
 def test_nothing_is_written_where_infinities_were_found() -> None:
@@ -240,7 +244,8 @@ def test_gradients_that_are_not_finite(value: float) -> None:
             assert_close(a, e, 1e-4)
     statistics = TritonOperations().statistics(spec, tensors_of(arrays), None)
     for a, e in zip(statistics, Reference.statistics(spec, in_float64(arrays), None), strict=True):
-        assert_close(a, e, 1e-4)
+        if e is not None:
+            assert_close(a, e, 1e-4)
 
 
 def test_empty_tensors_and_numbers_as_tensors() -> None:

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "kernels/common/operands.h"
+#include "kernels/statistics/kernel.h"
 
 namespace lopt {
 
@@ -16,7 +17,8 @@ struct AdamNumbers {
 
 template <typename T>
 struct AdamTable {
-  void (*update)(const Operand<T>&, const AdamNumbers<T>&, int64_t begin, int64_t end);
+  // Elements begin to end. spreads: (quantities), written, of the averages after this step; or null.
+  void (*update)(const Operand<T>&, const AdamNumbers<T>&, int64_t begin, int64_t end, Spread* spreads);
 };
 
 struct AdamKernels {

@@ -3,8 +3,9 @@
 // Compiled once for each instruction set with LOPT_ISA naming it. All functions but the table are internal to
 // this file, and nothing of the standard library is instantiated.
 #include "kernels/common/blocks.h"
-#include "kernels/common/constants.h"
+#include "kernels/common/factors.h"
 #include "kernels/element_mlp/kernel.h"
+#include "kernels/statistics/spreads.h"
 
 namespace lopt {
 namespace {
@@ -103,26 +104,6 @@ void move_accumulator(const MlpStep<T>& c, T* accumulator, int64_t stride, int64
 }
 
 template <typename T>
-LOPT_INLINE T factor_of(T x) {
-  const T floored = x < T(kFactorFloor) ? T(kFactorFloor) : x;  // keeps NaN
-  return T(1) / std::sqrt(floored);
-}
-
-// R: row / (mean of row over its axis + ...), the accumulator seen as [outer, axis, inner].
-template <typename T>
-void row_factor(const T* a, int64_t outer, int64_t axis, int64_t inner, T* factor) {
-  for (int64_t b = 0; b < outer; ++b)
-    for (int64_t e = 0; e < inner; ++e) {
-      const T* in = a + b * axis * inner + e;
-      T* out = factor + b * axis * inner + e;
-      double total = 0;
-      for (int64_t i = 0; i < axis; ++i) total += double(in[i * inner]);
-      const T mean = T(total / double(axis)) + T(kRowMeanEpsilon);
-      for (int64_t i = 0; i < axis; ++i) out[i * inner] = factor_of(in[i * inner] / mean);
-    }
-}
-
-template <typename T>
 void factors(const MlpStep<T>& c) {
   const Loops& l = c.loops;
   const RowTiles& t = c.tiles;
@@ -156,25 +137,6 @@ void factors(const MlpStep<T>& c) {
   }
 }
 
-template <typename T>
-double mean_square(const T* a, int64_t n) {
-  using V = Vec<T>;
-  constexpr int W = kLanes<T>;
-  double total = 0;
-  for (int64_t begin = 0; begin < n; begin += 4096) {
-    const int64_t end = smaller(begin + 4096, n);
-    V part = {};
-    int64_t i = begin;
-    for (; i + W <= end; i += W) part += load(a + i) * load(a + i);
-    if (i < end) {
-      const V x = load_n(a + i, end - i);
-      part += x * x;
-    }
-    total += double(sum<T>(part));
-  }
-  return total / double(n);
-}
-
 // Adds the column `values`, normalised, times weights (hidden) to `bias`. Whole vectors are read and written.
 template <typename T>
 void add_column(const MlpStep<T>& c, const T* values, int64_t size, const T* weights, T* bias,
@@ -194,15 +156,11 @@ void add_column(const MlpStep<T>& c, const T* values, int64_t size, const T* wei
 template <typename T>
 void axis_bias(const MlpStep<T>& c, const T* accumulator, int64_t accumulator_stride, int64_t size,
                const T* weights, const T* root_weights, T* bias, int64_t stride) {
-  constexpr int W = kLanes<T>;
   for (int k = 0; k < c.factored_moments; ++k) {
     const T* a = accumulator + k * accumulator_stride;
     if (weights) add_column(c, a, size, weights + k * c.hidden_size, bias, stride);
     if (!root_weights) continue;
-    for (int64_t i = 0; i < size; i += W) {
-      const Vec<T> x = i + W <= size ? load(a + i) : load_n(a + i, size - i);
-      store<T>(c.scratch + i, rsqrt<T>(x + T(kFactorEpsilon)));
-    }
+    inverse_roots(a, size, T(kFactorEpsilon), c.scratch);
     add_column(c, c.scratch, size, root_weights + k * c.hidden_size, bias, stride);
   }
 }
@@ -217,6 +175,16 @@ void axis_biases(const MlpStep<T>& c, const T* b0) {
             c.x_stride);
   axis_bias(c, c.y_accumulator, c.y_accumulator_stride, c.y_size, c.y_weights, c.y_root_weights, c.y_bias,
             c.y_stride);
+}
+
+template <typename T>
+void axis_mean_squares(const MlpStep<T>& c, bool x, bool roots, double* out) {
+  const T* a = x ? c.x_accumulator : c.y_accumulator;
+  const int64_t stride = x ? c.x_accumulator_stride : c.y_accumulator_stride, size = x ? c.x_size : c.y_size;
+  for (int k = 0; k < c.factored_moments; ++k, a += stride) {
+    if (roots) inverse_roots(a, size, T(kFactorEpsilon), c.scratch);
+    out[k] = mean_square(roots ? c.scratch : a, size);
+  }
 }
 
 // ---- features ----
@@ -481,7 +449,8 @@ __attribute__((noinline)) void add_axis_squares(const MlpStep<T>& c, int64_t n, 
 }
 
 template <typename T>
-void feature_sums(const MlpStep<T>& c, int64_t begin, int64_t end, double* sums) {
+void feature_sums(const MlpStep<T>& c, int64_t begin, int64_t end, double* sums, Spread* spreads,
+                  bool moved) {
   using V = Vec<T>;
   constexpr int W = kLanes<T>;
   const int count = c.at.count;
@@ -499,8 +468,13 @@ void feature_sums(const MlpStep<T>& c, int64_t begin, int64_t end, double* sums)
     }
     elements = 0;
   };
+  Spreads<T> seen(c.operand, spreads);
   for_each_block<false>(
       c.operand, begin, end, [&](const Streams<T>& s, int64_t start, int64_t n, int64_t padded) {
+        if (spreads) {
+          seen.add_inputs(s, n, padded);
+          seen.add_averages(s, n, moved);
+        }
         const bool whole = n == padded;
         block_features<false>(c, s, start, n, padded, products,
                               [&](int64_t i, int32_t row, const V* x, auto number)
@@ -523,6 +497,7 @@ void feature_sums(const MlpStep<T>& c, int64_t begin, int64_t end, double* sums)
         if ((elements += n) >= 8192) flush();
       });
   flush();
+  if (spreads) seen.finish();
   if (c.at.p >= 0) sums[count] = sums[c.at.p];
 }
 
@@ -660,8 +635,10 @@ void apply(const MlpStep<T>& c, const Network<T>& net, int64_t begin, int64_t en
 namespace LOPT_ISA {
 const MlpKernels& element_mlp() {
   static constexpr MlpKernels kernels = {
-      {factor_sums<float>, factors<float>, axis_biases<float>, feature_sums<float>, apply<float>},
-      {factor_sums<double>, factors<double>, axis_biases<double>, feature_sums<double>, apply<double>},
+      {factor_sums<float>, factors<float>, axis_biases<float>, axis_mean_squares<float>, feature_sums<float>,
+       apply<float>},
+      {factor_sums<double>, factors<double>, axis_biases<double>, axis_mean_squares<double>,
+       feature_sums<double>, apply<double>},
   };
   return kernels;
 }

@@ -6,6 +6,7 @@
 
 #include "csrc/core.h"
 #include "kernels/common/operands.h"
+#include "kernels/statistics/kernel.h"
 
 namespace lopt {
 
@@ -83,8 +84,12 @@ struct MlpTable {
   void (*factors)(const MlpStep<T>&);
   // x_bias (from the bias b0 on) and y_bias.
   void (*axis_biases)(const MlpStep<T>&, const T* b0);
+  // Mean squares of the columns that show axis x, or y: of the accumulators, or of their inverse roots.
+  void (*axis_mean_squares)(const MlpStep<T>&, bool x, bool roots, double* out);
   // Pass 2 over elements begin to end: adds sums of the squares of the features, then that of the parameter.
-  void (*feature_sums)(const MlpStep<T>&, int64_t begin, int64_t end, double* sums);
+  // spreads: as in statistics, of the averages after this gradient where `moved`; or null.
+  void (*feature_sums)(const MlpStep<T>&, int64_t begin, int64_t end, double* sums, Spread* spreads,
+                       bool moved);
   // Pass 3: new averages, features, network, output. `hidden_sums` (hidden_size): where the sums of the last
   // hidden units are added, or null.
   void (*apply)(const MlpStep<T>&, const Network<T>&, int64_t begin, int64_t end, double* hidden_sums);

@@ -20,13 +20,20 @@ inline __attribute__((always_inline)) void merge(Spread& a, double count, const 
   a.mean = (count * a.mean + others * b.mean) / total;
 }
 
+// Of a tensor's statistics there are: the parameter, the gradient, its absolute values (whose mean alone is
+// used), each momentum, each second moment.
+constexpr int kFirstAverage = 3;
+constexpr int kMostQuantities = kFirstAverage + 2 * kMostAverages;
+template <typename T>
+int quantities(const Operand<T>& t) {
+  return kFirstAverage + t.momenta + t.second_moments;
+}
+
 template <typename T>
 struct StatisticsTable {
-  // Of elements begin to end: spreads of parameter, gradient, each momentum, each second moment (of the
-  // averages after this gradient where `moved`, which are not written), and the sum of the gradient's
-  // absolute values.
-  void (*spreads)(const Operand<T>&, bool moved, int64_t begin, int64_t end, Spread* spreads,
-                  double* abs_sum);
+  // Spreads of all quantities of elements begin to end. `moved`: of the averages after this gradient, which
+  // are not written.
+  void (*spreads)(const Operand<T>&, bool moved, int64_t begin, int64_t end, Spread* spreads);
 };
 
 struct StatisticsKernels {

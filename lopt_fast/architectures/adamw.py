@@ -63,5 +63,5 @@ class AdamW(Baseline):
             epsilon=self.epsilon,
         )
         decayed = tensors.decayed(self.learning_rate * self.weight_decay)
-        outputs, states, _ = operations.adam(decayed, scalars)
+        outputs, states, *_ = operations.adam(decayed, scalars)
         return Update(outputs, states, rows, shared)

@@ -52,6 +52,8 @@ class Architecture(Hyperparameters):
 
     statistics: ClassVar[Statistics] = "exact"
     needs_loss: ClassVar[bool] = False
+    sees_tensors: ClassVar[bool] = False
+    """Whether it has a network with a row for each tensor, not one for the whole model or none."""
 
     @property
     def has_kernels(self) -> bool:

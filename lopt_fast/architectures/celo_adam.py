@@ -84,5 +84,5 @@ class CeloAdam(Architecture):
             epsilon=self.epsilon,
             root_epsilon=1e-10,
         )
-        outputs, states, _ = operations.adam(tensors, scalars, gradient_clip=GRADIENT_CLIP)
+        outputs, states, *_ = operations.adam(tensors, scalars, gradient_clip=GRADIENT_CLIP)
         return Update(outputs, states, rows, shared)

@@ -62,6 +62,7 @@ class ConditionedMlp(Architecture):
     """Base class: subclasses add a network over tensors."""
 
     needs_loss: ClassVar[bool] = True
+    sees_tensors: ClassVar[bool] = True
 
     hidden_size: int = 32
     hidden_layers: int = 2

@@ -128,7 +128,7 @@ class NAdamW(Baseline):
             l2=-l2 if self.published_quirks else l2,
         )
         decay = (corrected if self.published_quirks else rate) * as_scalar(self.weight_decay, like)
-        outputs, states, _ = operations.adam(tensors.decayed(decay), scalars)
+        outputs, states, *_ = operations.adam(tensors.decayed(decay), scalars)
         return Update(outputs, states, rows, shared)
 
 

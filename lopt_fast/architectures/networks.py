@@ -125,6 +125,9 @@ def fraction_left(t: Array, num_steps: Array | float, like: Array) -> Array:
     return xp.tanh(10.0 * (fraction - constant((0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1), like)))
 
 
+_EXPONENTS = tuple(np.linspace(0.0, 1.0, 10).tolist())
+
+
 class LossHistory(NamedTuple):
     """Averages of the loss over ten time scales, from 1 step to the length of the training (Metz et al. 2022b).
 
@@ -147,7 +150,7 @@ class LossHistory(NamedTuple):
         like = self.means
         t = xp.astype(t, like.dtype)
         loss = xp.astype(loss, like.dtype)
-        exponents = constant(np.linspace(0.0, 1.0, 10), like)
+        exponents = constant(_EXPONENTS, like)
         # time scales 10 ** linspace(1, log10(num_steps), 10); an average's decay is exp(-1 / scale)
         longest = xp.log(xp.asarray(num_steps, dtype=like.dtype, device=device(like)))
         logarithms = -xp.exp(-(math.log(10.0) + exponents * (longest - math.log(10.0))))
@@ -164,6 +167,6 @@ class LossHistory(NamedTuple):
         smallest = xp.where(corrected < self.smallest, corrected, self.smallest)
 
         span = corrected[1:] - smallest[:-1]
-        ratio = (corrected[:-1] - smallest[:-1]) / xp.where(span < 1e-8, xp.full_like(span, 1e-8), span)
+        ratio = (corrected[:-1] - smallest[:-1]) / xp.where(span < 1e-8, constant(1e-8, span), span)
         features = xp.clip(ratio - 1.0, -1.0, 1.0)
-        return LossHistory(means, smallest), xp.where(t <= 1, xp.zeros_like(features), features)
+        return LossHistory(means, smallest), xp.where(t <= 1, constant(0.0, features), features)

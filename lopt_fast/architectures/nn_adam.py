@@ -6,14 +6,14 @@ Per parameter: Adam without bias correction,
 
 Per tensor: an LSTM of 32 units that sees 19 features of the tensor and changes lr, beta1, beta2 and epsilon, kept as
 0.1 log(lr), 0.1 log(1 - beta) and 0.1 log(epsilon), from the next step on. It sees the parameter before the step, and
-the running averages after it. Gradients are clipped to +-1000. Operations used: `adam`, `statistics`.
+the running averages after it. Gradients are clipped to +-1000. Operations used: `adam`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -22,7 +22,7 @@ from array_api_compat import array_namespace
 from ..operations import AdamScalars, ModelTensors, Operations, Statistics
 from ..operations.adam import ADAM_AVERAGES
 from ..reference import Array
-from ..spec import Accumulates, Averages, SpecError
+from ..spec import Accumulates, SpecError
 from .base import Architecture, Arrays, Inputs, Theta, Update
 from .checks import check_numbers, check_sizes
 from .networks import constant, init_linear, linear, log_magnitude, lstm
@@ -50,6 +50,7 @@ class NNAdam(Architecture):
     """Defaults are those of the public implementation."""
 
     NAME: ClassVar[str] = "nn_adam"
+    sees_tensors: ClassVar[bool] = True
 
     lstm_size: int = 32
     output_scale: float = 0.01
@@ -127,19 +128,9 @@ class NNAdam(Architecture):
             epsilon=epsilon,
             root_epsilon=1e-10,
         )
-        # The parameter before the step, the averages after it. Two calls, as operations may write in place.
-        before = operations.statistics(Averages(), tensors, None, GRADIENT_CLIP)
-        outputs, states, _ = operations.adam(tensors, scalars, GRADIENT_CLIP)
-        # Nothing of the parameters before the step, which may have been overwritten; only averages are looked at.
-        moved = replace(tensors, params=outputs, grads=outputs, states=states)
-        after = operations.statistics(ADAM_AVERAGES, moved, None, GRADIENT_CLIP)
-        statistics = before._replace(
-            momentum_mean=after.momentum_mean,
-            momentum_variance=after.momentum_variance,
-            second_moment_mean=after.second_moment_mean,
-            second_moment_variance=after.second_moment_variance,
-        )
-        statistics = Statistics(*(xp.astype(x, like.dtype) for x in statistics))
+        result = operations.adam(tensors, scalars, GRADIENT_CLIP, statistics=True)
+        assert result.statistics is not None
+        statistics = result.statistics.of(like)
         features = tensor_features(statistics, rows, [p.ndim for p in tensors.params])
         hidden, cell = lstm(
             features, rows["lstm_hidden"], rows["lstm_cell"], theta["lstm_w"], theta["lstm_b"]
@@ -150,7 +141,7 @@ class NNAdam(Architecture):
             control = rows[name] + deltas[:, i]
             control = control + self.decay_strength * (theta[name] - control)
             new_rows[name] = 0.1 * clipped_log(name, control)
-        return Update(outputs, states, new_rows, shared)
+        return Update(result.outputs, result.states, new_rows, shared)
 
 
 def clipped_log(name: str, control: Array) -> Array:

@@ -33,6 +33,7 @@ class Velo(MixedMlp):
     """Defaults are those of the published weights."""
 
     NAME: ClassVar[str] = "velo"
+    sees_tensors: ClassVar[bool] = True
 
     lstm_size: int = 512
     mixture: int = 256
@@ -88,30 +89,32 @@ class Velo(MixedMlp):
         inputs: Inputs,
     ) -> Update:
         shared, loss_features = add_loss(shared, inputs, 10.0 if self.short_loss_history else None)
-        statistics = operations.statistics(self.mlp, tensors, decays=None)
+        decays = self.decays(theta["lstm_w"])
+        statistics = operations.statistics(self.mlp, tensors, decays, GRADIENT_CLIP, before=True)
+        statistics = statistics.of(theta["lstm_w"])
         ranks = [sum(n > 1 for n in p.shape) for p in tensors.params]
         features = self._features(theta, statistics, ranks, loss_features, inputs)
         hidden, cell = lstm_step(theta, features, rows["lstm_hidden"], rows["lstm_cell"])
         controls = linear(hidden, theta["controls_w"], theta["controls_b"])
-        outputs, states, _ = operations.element_mlp(
+        outputs, states, *_ = operations.element_mlp(
             self.mlp,
             tensors,
-            self.decays(hidden),
+            decays,
             self.weights(theta, controls, self.weights_mult),
             multiplier=linear(hidden, theta["step_w"], theta["step_b"])[:, 0],
             gradient_clip=GRADIENT_CLIP,
+            column_mean_square=statistics.column_mean_square,
         )
         kept = rows if self.frozen_lstm_state else {"lstm_hidden": hidden, "lstm_cell": cell}
         rows = {name: (1.0 - self.lstm_state_decay) * state for name, state in kept.items()}
         return Update(outputs, states, rows, shared)
 
     def _features(
-        self, theta: Theta, statistics: Statistics, ranks: Sequence[int], loss_features: Array, inputs: Inputs
+        self, theta: Theta, s: Statistics, ranks: Sequence[int], loss_features: Array, inputs: Inputs
     ) -> Array:
         """(tensors, lstm_inputs) what the LSTM sees."""
         like = theta["lstm_w"]
         xp = array_namespace(like)
-        s = Statistics(*(xp.astype(values, like.dtype) for values in statistics))
         mean_square = s.parameter_variance + s.parameter_mean**2
         # All are relative to the size of the parameter, the second moment linearly too.
         squared = 1.0 / xp.where(mean_square < 1e-9, xp.full_like(mean_square, 1e-9), mean_square)[:, None]

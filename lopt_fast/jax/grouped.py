@@ -41,12 +41,13 @@ class Grouped:
         tensors: ModelTensors,
         decays: Decays | None,
         gradient_clip: Array | float | None = None,
+        before: bool = False,
     ) -> Statistics:
         def one(tensors: ModelTensors, operands: None) -> Statistics:
             del operands
-            return Reference.statistics(accumulates, tensors, decays, gradient_clip)
+            return Reference.statistics(accumulates, tensors, decays, gradient_clip, before)
 
-        return Statistics(*map(jnp.concatenate, zip(*_each(one, tensors, None), strict=True)))
+        return _concatenated(_each(one, tensors, None))
 
     @staticmethod
     def element_mlp(
@@ -57,6 +58,7 @@ class Grouped:
         multiplier: Array | None = None,
         gradient_clip: Array | float | None = None,
         steps_only: bool = False,
+        column_mean_square: Array | None = None,
     ) -> Result:
         # Weights with a leading axis are each tensor's own.
         own = Weights(
@@ -64,24 +66,29 @@ class Grouped:
             tuple(b if b.ndim == 2 else None for b in weights.b),
         )
 
-        def one(tensors: ModelTensors, operands: tuple[Weights, Array | None]) -> Result:
-            mine, factor = operands
+        def one(tensors: ModelTensors, operands: tuple[Weights, Array | None, Array | None]) -> Result:
+            mine, factor, mean_square = operands
             chosen = Weights(
                 *(
                     tuple(common if array is None else array for array, common in zip(a, b, strict=True))
                     for a, b in zip(mine, weights, strict=True)
                 )
             )
-            return Reference.element_mlp(spec, tensors, decays, chosen, factor, gradient_clip, steps_only)
+            return Reference.element_mlp(
+                spec, tensors, decays, chosen, factor, gradient_clip, steps_only, mean_square
+            )
 
-        return _joined(_each(one, tensors, (own, multiplier)))
+        return _joined(_each(one, tensors, (own, multiplier, column_mean_square)))
 
     @staticmethod
     def adam(
-        tensors: ModelTensors, scalars: AdamScalars, gradient_clip: Array | float | None = None
+        tensors: ModelTensors,
+        scalars: AdamScalars,
+        gradient_clip: Array | float | None = None,
+        statistics: bool = False,
     ) -> Result:
         def one(tensors: ModelTensors, scalars: AdamScalars) -> Result:
-            return Reference.adam(tensors, scalars, gradient_clip)
+            return Reference.adam(tensors, scalars, gradient_clip, statistics)
 
         return _joined(_each(one, tensors, scalars))
 
@@ -89,11 +96,19 @@ class Grouped:
 def _joined(results: list[Result]) -> Result:
     """The result for all tensors from that for each of them."""
     messages = [r.messages for r in results if r.messages is not None]
+    statistics = [r.statistics for r in results if r.statistics is not None]
     return Result(
         [r.outputs[0] for r in results],
         [r.states[0] for r in results],
         jnp.concatenate(messages) if messages else None,
+        _concatenated(statistics) if statistics else None,
     )
+
+
+def _concatenated(rows: list[Statistics]) -> Statistics:
+    """The statistics of all tensors from those of each of them."""
+    joined: Statistics = jax.tree.map(lambda *x: jnp.concatenate(x), *rows)
+    return joined
 
 
 def _each(one: Callable[[ModelTensors, Any], Out], tensors: ModelTensors, operands: Any) -> list[Out]:

@@ -22,7 +22,7 @@ import numpy as np
 from ..architectures import Architecture
 from ..backends import BACKENDS, BackendError, native
 from ..layout import loops
-from ..native_operations import unsupported
+from ..native_operations import columns_of_statistics, unsupported
 from ..operations import (
     AdamScalars,
     Decays,
@@ -34,12 +34,13 @@ from ..operations import (
     Weights,
 )
 from ..operations.adam import ADAM_AVERAGES
+from ..operations.mlp import check_column_mean_square
 from ..reference import Array, TensorState
 from ..spec import Accumulates, Averages
-from . import call
+from . import call, gpu_operations
 from .grouped import Grouped
 
-_FORMAT = 1  # of the attributes; csrc/xla_operations.cc refuses others
+_FORMAT = 2  # of the attributes; csrc/xla_operations.cc refuses others
 _OUTPUT = {"parameter": 0, "delta": 1, "step": 2}  # kernels/common/operands.h
 _STATE = ("momentum", "second_moment", "factored_row", "factored_column")
 
@@ -57,9 +58,11 @@ def implementation(architecture: Architecture, backend: str) -> Operations:
     if backend == "reference":
         return Grouped
     platforms = call.known_platforms()
-    device = {"auto": platforms[0], "triton": "cuda"}.get(backend, backend)
+    device = platforms[0] if backend == "auto" else backend
     refused = _refusal(architecture)
-    reason = refused if device == "cpu" else f"JAX has no custom call for its operations on {device}"
+    on_gpu = gpu_operations.refusal(architecture) if "cuda" in (*platforms, device) else "there is no GPU"
+    reasons = {"cpu": refused, "cuda": on_gpu}
+    reason = reasons.get(device, f"JAX has no custom call for its operations on {device}")
     if reason and backend != "auto":
         raise BackendError(
             f"backend={backend!r} of {architecture.NAME} cannot be used: {reason}. "
@@ -70,6 +73,11 @@ def implementation(architecture: Architecture, backend: str) -> Operations:
             f"{architecture.NAME} uses the reference implementation, which is slow: {reason}. "
             "backend='reference' chooses it without this warning."
         )
+    if backend == "cuda":
+        return gpu_operations.GpuCalls()
+    if backend == "auto" and on_gpu is None:
+        cpu = {} if refused else {"cpu": CustomCalls()}
+        return gpu_operations.ByPlatform({"cuda": gpu_operations.GpuCalls(), **cpu})
     if refused or "cpu" not in platforms:
         return Grouped
     return CustomCalls(elsewhere=backend == "auto" and len(platforms) > 1)
@@ -115,20 +123,28 @@ class CustomCalls:
         tensors: ModelTensors,
         decays: Decays | None,
         gradient_clip: Array | float | None = None,
+        before: bool = False,
     ) -> Statistics:
-        counts = Averages.of(accumulates)._replace(factored_moments=0)
-        sizes = [1] * 5 + [counts.momenta] * 2 + [counts.second_moments] * 2
+        spec = columns_of_statistics(accumulates, decays)
+        counts = Averages.of(accumulates)
+        counts = counts if spec else counts._replace(factored_moments=0)
+        sizes = _statistics_sizes(counts, spec)
 
         def kernel() -> Statistics:
             step = _Call("statistics", tensors, counts, decays, gradient_clip)
-            _, _, rows = step.run(mode=decays is not None, writes=False, last=sum(sizes))
-            columns = jnp.split(rows, list(accumulate(sizes))[:-1], axis=1)
-            return Statistics(*(c[:, 0] for c in columns[:5]), *columns[5:])
+            _, _, rows = step.run(
+                mode=decays is not None and not before,
+                writes=False,
+                last=sum(sizes),
+                more=spec is not None,
+                attributes=None if spec is None else _attributes(spec),
+            )
+            return _statistics_of(rows, sizes)
 
         def definition() -> Statistics:
-            found = Grouped.statistics(accumulates, tensors, decays, gradient_clip)
+            found = Grouped.statistics(spec or counts, tensors, decays, gradient_clip, before)
             # It shows all averages that there are.
-            wide = (a[:, :n] for a, n in zip(found[5:], sizes[5:], strict=True))
+            wide = (a[:, :n] for a, n in zip(found[5:], sizes[5:], strict=False) if a is not None)
             return Statistics(*found[:5], *wide)
 
         return self._choose(kernel, definition, tensors, decays, gradient_clip)
@@ -142,40 +158,55 @@ class CustomCalls:
         multiplier: Array | None = None,
         gradient_clip: Array | float | None = None,
         steps_only: bool = False,
+        column_mean_square: Array | None = None,
     ) -> Result:
         layers = list(zip(weights.w, weights.b, strict=True))
+        if column_mean_square is not None:
+            check_column_mean_square(spec, len(tensors), column_mean_square)
 
         def kernel() -> Result:
-            own = [] if multiplier is None else [multiplier]
+            own = [a.reshape(-1) for a in (multiplier, column_mean_square) if a is not None]
+            given = 0 if column_mean_square is None else column_mean_square.shape[1]
             step = _Call("element_mlp", tensors, Averages.of(spec), decays, gradient_clip, own)
             outputs, states, messages = step.run(
                 mode=_OUTPUT["step" if steps_only else _mode(tensors)],
                 weights=[array for layer in layers for array in layer],
                 matrices=spec.normalise_over == "matrix",
                 last=spec.messages,
-                attributes=_attributes(spec, layers, multiplier is not None),
+                attributes=_attributes(spec, layers, multiplier is not None, given),
             )
             return Result(outputs, states, messages if spec.messages else None)
 
         def definition() -> Result:
-            return Grouped.element_mlp(spec, tensors, decays, weights, multiplier, gradient_clip, steps_only)
+            return Grouped.element_mlp(
+                spec, tensors, decays, weights, multiplier, gradient_clip, steps_only, column_mean_square
+            )
 
         if unsupported(spec):
             return definition()
-        operands = decays, weights, multiplier, gradient_clip
+        operands = decays, weights, multiplier, gradient_clip, column_mean_square
         return self._choose(kernel, lambda: _in_types_of(tensors, definition()), tensors, *operands)
 
     def adam(
-        self, tensors: ModelTensors, scalars: AdamScalars, gradient_clip: Array | float | None = None
+        self,
+        tensors: ModelTensors,
+        scalars: AdamScalars,
+        gradient_clip: Array | float | None = None,
+        statistics: bool = False,
     ) -> Result:
+        counts = Averages.of(ADAM_AVERAGES)
+        sizes = _statistics_sizes(counts)
+
         def kernel() -> Result:
             own = [jnp.stack([_real(x) for x in scalars], axis=-1).reshape(-1)]
-            step = _Call("adam", tensors, Averages.of(ADAM_AVERAGES), None, gradient_clip, own)
-            outputs, states, _ = step.run(mode=_OUTPUT[_mode(tensors)])
-            return Result(outputs, states)
+            step = _Call("adam", tensors, counts, None, gradient_clip, own)
+            outputs, states, rows = step.run(
+                mode=_OUTPUT[_mode(tensors)], last=sum(sizes) if statistics else 0, more=statistics
+            )
+            return Result(outputs, states, statistics=_statistics_of(rows, sizes) if statistics else None)
 
         def definition() -> Result:
-            return Grouped.adam(tensors, scalars, gradient_clip)
+            return Grouped.adam(tensors, scalars, gradient_clip, statistics)
 
         operands = scalars, gradient_clip
         return self._choose(kernel, lambda: _in_types_of(tensors, definition()), tensors, *operands)
@@ -234,11 +265,12 @@ class _Call:
         writes: bool = True,
         matrices: bool = False,
         last: int = 0,
+        more: bool = False,
         attributes: Mapping[str, np.ndarray[Any, Any]] | None = None,
     ) -> tuple[list[Array], list[TensorState], Array]:
         """(outputs, new states, (tensors, last) numbers that the operation returns beside them).
 
-        mode: see csrc/xla_operations.h. matrices: normalisers are of the last two axes alone.
+        mode, more: see csrc/xla_operations.h. matrices: normalisers are of the last two axes alone.
         """
         tensors, counts = self.tensors, self.counts
         operands, results, aliases = [self.numbers, *weights], list[int](), dict[int, int]()
@@ -264,7 +296,7 @@ class _Call:
         found = iter(
             ffi_call(
                 *operands,
-                call=_integers([(_FORMAT, len(tensors), *counts, mode)]),
+                call=_integers([(_FORMAT, len(tensors), *counts, mode, more)]),
                 tensors=_integers(
                     (*astuple(loops(p.shape)), math.prod(p.shape[-2:]) if matrices and p.ndim > 2 else 0)
                     for p in tensors.params
@@ -287,14 +319,14 @@ class _Call:
 
 
 def _attributes(
-    spec: ElementMlp, layers: Sequence[tuple[Array, Array]], multiplied: bool
+    spec: ElementMlp, layers: Sequence[tuple[Array, Array]] = (), multiplied: bool = False, given: int = 0
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """Those of element_mlp alone."""
+    """Those of element_mlp, and of statistics with columns. given: columns whose mean squares are operands."""
     cap = math.inf if spec.scale_cap is None else spec.scale_cap
     return {
         "spec": _integers(
             [(spec.hidden_size, spec.hidden_layers, spec.messages, spec.scale == "parameter_rms",
-              spec.activation == "tanh", spec.factored_vectors, multiplied)],
+              spec.activation == "tanh", spec.factored_vectors, multiplied, given)],
         ),
         "reals": np.array(
             [spec.step_mult, spec.exp_mult, spec.scale_epsilon, cap,
@@ -303,6 +335,18 @@ def _attributes(
         "groups": np.frombuffer("".join(f"{group} " for group in spec.groups).encode(), np.uint8),
         "layers": _integers((*w.shape[-2:], w.ndim == 3, b.ndim == 2) for w, b in layers),
     }  # fmt: skip
+
+
+def _statistics_sizes(counts: Averages, columns: ElementMlp | None = None) -> list[int]:
+    """How many numbers of a row each field of `Statistics` has."""
+    sizes = [1] * 5 + [counts.momenta] * 2 + [counts.second_moments] * 2
+    return sizes if columns is None else [*sizes, columns.layer_sizes[0][0]]
+
+
+def _statistics_of(rows: Array, sizes: Sequence[int]) -> Statistics:
+    """From (tensors, numbers)."""
+    fields = jnp.split(rows, list(accumulate(sizes))[:-1], axis=1)
+    return Statistics(*(a[:, 0] for a in fields[:5]), *fields[5:])
 
 
 def _mode(tensors: ModelTensors) -> str:
@@ -333,4 +377,4 @@ def _in_types_of(tensors: ModelTensors, result: Result) -> Result:
         TensorState(*(a.astype(b.dtype) for a, b in zip(new, old, strict=True)))
         for new, old in zip(result.states, tensors.states, strict=True)
     ]
-    return Result(outputs, states, result.messages)
+    return result._replace(outputs=outputs, states=states)

@@ -7,9 +7,9 @@ model go through an operation together; what differs between tensors is an opera
 
 from .accumulators import Decays, ModelTensors
 from .adam import AdamScalars
-from .base import Operations, Reference, Result
+from .base import Operations, Reference
 from .mlp import ElementMlp, Weights
-from .statistics import Statistics
+from .results import Result, Statistics
 
 __all__ = [
     "AdamScalars",

@@ -11,10 +11,8 @@ from . import mlp as _mlp
 from . import statistics as _statistics
 from .accumulators import Decays, ModelTensors
 from .adam import AdamScalars
-from .mlp import ElementMlp, Result, Weights
-from .statistics import Statistics
-
-__all__ = ["Operations", "Reference", "Result"]
+from .mlp import ElementMlp, Weights
+from .results import Result, Statistics
 
 
 class Operations(Protocol):
@@ -26,6 +24,7 @@ class Operations(Protocol):
         tensors: ModelTensors,
         decays: Decays | None,
         gradient_clip: Array | float | None = None,
+        before: bool = False,
     ) -> Statistics: ...
 
     def element_mlp(
@@ -37,10 +36,15 @@ class Operations(Protocol):
         multiplier: Array | None = None,
         gradient_clip: Array | float | None = None,
         steps_only: bool = False,
+        column_mean_square: Array | None = None,
     ) -> Result: ...
 
     def adam(
-        self, tensors: ModelTensors, scalars: AdamScalars, gradient_clip: Array | float | None = None
+        self,
+        tensors: ModelTensors,
+        scalars: AdamScalars,
+        gradient_clip: Array | float | None = None,
+        statistics: bool = False,
     ) -> Result: ...
 
 

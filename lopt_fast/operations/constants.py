@@ -18,6 +18,8 @@ def constant(values: Any, like: Array) -> Array:
     """
     if not isinstance(values, (bool, int, float, list, tuple, np.ndarray, np.generic)):
         return array_namespace(like).asarray(values, dtype=like.dtype, device=device(like))
+    if isinstance(like, (np.ndarray, np.generic)):
+        return np.asarray(values, like.dtype)
     numbers = np.asarray(values)
     if is_torch_array(like):
         return _kept(tuple(numbers.reshape(-1).tolist()), numbers.shape, like.dtype, like.device)

@@ -12,6 +12,7 @@ from array_api_compat import array_namespace
 from ..reference import Array, Epsilons, TensorState, accumulate, columns, mlp
 from ..spec import Scale
 from .accumulators import Decays, ModelTensors, as_vector, clipped, like_before
+from .results import Result
 
 _ONE_PER_MOMENTUM = ("m", "m_rsqrt_rms")
 _ONE_PER_SECOND_MOMENT = ("rms", "rsqrt_rms", "g_rsqrt_rms")
@@ -87,16 +88,6 @@ class Weights(NamedTuple):
         )
 
 
-class Result(NamedTuple):
-    """What an operation returns for all tensors."""
-
-    outputs: list[Array]
-    """New parameters or what is to be added, see `ModelTensors`; or the steps alone."""
-    states: list[TensorState]
-    messages: Array | None = None
-    """(tensors, messages)"""
-
-
 def element_mlp(
     spec: ElementMlp,
     tensors: ModelTensors,
@@ -105,15 +96,20 @@ def element_mlp(
     multiplier: Array | None = None,
     gradient_clip: Array | float | None = None,
     steps_only: bool = False,
+    column_mean_square: Array | None = None,
     bias_correction: Decays | None = None,
 ) -> Result:
     """One update of all tensors.
 
     multiplier: (tensors,), None for 1. gradient_clip: bound on the elements of the gradient.
     steps_only: `outputs` are the steps, neither multiplied by the learning rate nor added.
+    column_mean_square: what `statistics` found for this step's columns, (tensors, columns); None: to be computed. What
+    any other numbers do is not defined: an implementation may look at none or only some of them.
     bias_correction: 1 - decay^(steps taken, with this one) of each running average. All columns but "fac_g" show the
     averages divided by it; the state does not change. Only this definition has it, `Operations` does not.
     """
+    if column_mean_square is not None:
+        check_column_mean_square(spec, len(tensors), column_mean_square)
     outputs: list[Array] = []
     states: list[TensorState] = []
     messages: list[Array] = []
@@ -127,7 +123,8 @@ def element_mlp(
         raw = columns(spec, p, g, state, state, spec.epsilons)
         if bias_correction is not None:
             raw = _corrected(spec, p, g, state, bias_correction.of(p), raw)
-        step, message = _step(spec, p, raw, weights.of(i, p), factor)
+        found = None if column_mean_square is None else xp.astype(column_mean_square[i, ...], p.dtype)
+        step, message = _step(spec, p, raw, weights.of(i, p), factor, found)
         step = xp.reshape(step, tensors.params[i].shape)
         outputs.append(step if steps_only else tensors.finish(i, step))
         states.append(like_before(before, state))
@@ -136,12 +133,34 @@ def element_mlp(
     return Result(outputs, states, stacked)
 
 
+def mean_squares(spec: ElementMlp, p: Array, g: Array, state: TensorState) -> Array:
+    """(columns,) mean squares of one tensor's columns, of rank 1 and more; 0 for those that it lacks."""
+    xp = array_namespace(p)
+    there = spec.columns_of(p.ndim)
+    found = [xp.mean(x * x) for x in columns(spec, p, g, state, state, spec.epsilons)]
+    return xp.stack([x if k < there else xp.zeros_like(x) for k, x in enumerate(found)])
+
+
+def check_column_mean_square(spec: ElementMlp, tensors: int, given: Array) -> None:
+    """Raises ValueError where `element_mlp` cannot take it."""
+    if spec.normalise_over != "tensor":
+        raise ValueError("column_mean_square: with normalise_over='matrix' there is none of a whole tensor")
+    expected = (tensors, spec.layer_sizes[0][0])
+    if tuple(given.shape) != expected:
+        raise ValueError(f"column_mean_square has shape {tuple(given.shape)}, expected {expected}")
+
+
 def _step(
-    spec: ElementMlp, p: Array, raw: Sequence[Array], weights: Weights, multiplier: Array | None
+    spec: ElementMlp,
+    p: Array,
+    raw: Sequence[Array],
+    weights: Weights,
+    multiplier: Array | None,
+    column_mean_square: Array | None,
 ) -> tuple[Array, Array]:
     """(step, messages) of one tensor, whose columns are `raw`."""
     xp = array_namespace(p)
-    inputs = _normalised(spec, raw[: spec.columns_of(p.ndim)], p.ndim)
+    inputs = _normalised(spec, raw[: spec.columns_of(p.ndim)], p.ndim, column_mean_square)
     first = weights.w[0][: len(inputs), :]
     # Few operations: a network written out element by element takes XLA seconds to compile for each tensor.
     method: Literal["elementwise", "matmul"] = "matmul"
@@ -160,12 +179,12 @@ def _step(
     return step, xp.stack(means) if means else xp.zeros_like(p[:0])
 
 
-def _normalised(spec: ElementMlp, raw: Sequence[Array], ndim: int) -> list[Array]:
+def _normalised(spec: ElementMlp, raw: Sequence[Array], ndim: int, given: Array | None) -> list[Array]:
     axes = tuple(range(ndim))[-2 if spec.normalise_over == "matrix" else 0 :]
     out = []
-    for x in raw:
+    for k, x in enumerate(raw):
         xp = array_namespace(x)
-        mean_square = xp.mean(x * x, axis=axes, keepdims=True)
+        mean_square = xp.mean(x * x, axis=axes, keepdims=True) if given is None else given[k, ...]
         out.append(x / xp.sqrt(mean_square + spec.epsilons.normaliser))
     return out
 

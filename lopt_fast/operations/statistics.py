@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TypeGuard
 
 from array_api_compat import array_namespace
 
-from ..reference import Array, accumulate
+from ..reference import Array, TensorState, accumulate
 from ..spec import Accumulates
 from .accumulators import Decays, ModelTensors, as_vector, clipped
-
-
-class Statistics(NamedTuple):
-    """One row for each tensor, in order. Variances are means of squared distances from the mean (no correction).
-
-    The mean of squares is ``variance + mean ** 2``.
-    """
-
-    parameter_mean: Array
-    """(tensors,), of the parameter before the step, as all that is named `parameter`."""
-    parameter_variance: Array
-    gradient_mean: Array
-    """(tensors,), of the clipped gradient, as all that is named `gradient`."""
-    gradient_variance: Array
-    gradient_abs_mean: Array
-    momentum_mean: Array
-    """(tensors, momenta)"""
-    momentum_variance: Array
-    second_moment_mean: Array
-    """(tensors, second moments)"""
-    second_moment_variance: Array
+from .mlp import ElementMlp, mean_squares
+from .results import Statistics
 
 
 def statistics(
@@ -37,37 +19,52 @@ def statistics(
     tensors: ModelTensors,
     decays: Decays | None,
     gradient_clip: Array | float | None = None,
+    before: bool = False,
 ) -> Statistics:
-    """Statistics of all tensors. `decays`: of the running averages after this gradient; None: as they are before it."""
+    """Statistics of all tensors, in their widest type.
+
+    decays: of the running averages after this gradient, which are looked at; None: as they are before it.
+    before: the averages are looked at as they are before this gradient, whatever the decays.
+
+    With decays and an `ElementMlp` as `accumulates`, `column_mean_square` is there as well, of the columns after this
+    gradient in any case: `element_mlp` of the same MLP, decays and bound on the gradient takes it, and need not pass
+    over all parameters to find it. Not where each matrix has normalisers of its own. Other implementations may leave
+    it out.
+    """
     rows = []
     for p, g, state in zip(tensors.params, tensors.grads, tensors.states, strict=True):
         p, g, state = as_vector(p, g, state)
-        xp = array_namespace(p)
         g = clipped(g * tensors.grad_scale, gradient_clip)
-        if decays is not None:
-            state = accumulate(accumulates, decays.of(p), g, state)
-        mean_p, variance_p = _moments(p)
-        mean_g, variance_g = _moments(g)
-        mean_m, variance_m = _moments(state.momentum, first=1)
-        mean_v, variance_v = _moments(state.second_moment, first=1)
-        rows.append(
-            Statistics(
-                mean_p,
-                variance_p,
-                mean_g,
-                variance_g,
-                xp.mean(xp.abs(g)),
-                mean_m,
-                variance_m,
-                mean_v,
-                variance_v,
-            )
-        )
-    xp = array_namespace(tensors.params[0])
-    widest = xp.result_type(*tensors.params)
+        after = state if decays is None else accumulate(accumulates, decays.of(p), g, state)
+        row = tensor_statistics(p, g, state if before else after)
+        if decays is not None and has_column_mean_square(accumulates):
+            row = row._replace(column_mean_square=mean_squares(accumulates, p, g, after))
+        rows.append(row)
+    return stacked(rows, tensors.params)
+
+
+def has_column_mean_square(accumulates: Accumulates) -> TypeGuard[ElementMlp]:
+    """Whether there are columns, with one mean square for a tensor each."""
+    return isinstance(accumulates, ElementMlp) and accumulates.normalise_over == "tensor"
+
+
+def tensor_statistics(p: Array, g: Array, state: TensorState) -> Statistics:
+    """Those of one tensor, of rank 1 and more, without the axis over tensors."""
+    xp = array_namespace(p)
     return Statistics(
-        *(xp.stack([xp.astype(v, widest) for v in values]) for values in zip(*rows, strict=True))
-    )
+        *_moments(p), *_moments(g), xp.mean(xp.abs(g)),
+        *_moments(state.momentum, first=1), *_moments(state.second_moment, first=1),
+    )  # fmt: skip
+
+
+def stacked(rows: Sequence[Statistics], params: Sequence[Array]) -> Statistics:
+    """Those of all tensors, in the widest type of the parameters."""
+    xp = array_namespace(*params)
+    widest = xp.result_type(*params)
+    return Statistics(
+        *(None if values[0] is None else xp.stack([xp.astype(x, widest) for x in values])
+          for values in zip(*rows, strict=True))
+    )  # fmt: skip
 
 
 def _moments(x: Array, first: int = 0) -> tuple[Array, Array]:

@@ -3,22 +3,28 @@
 The running averages of a parameter lie in `optimizer.state`, in the order of axes of the parameter, and with them its
 row of each tensor-level array. What the whole model shares is in `optimizer.param_groups[0]["shared"]`, which goes
 where state goes: into `state_dict` and into what torch.distributed.checkpoint saves. All parameters must be on one
-device; the tensor level is computed there, in float64 if any of them is float64.
+device; the tensor level is computed there, in float64 if any of them is float64. With the CPU kernels it is computed
+in NumPy, on the memory of PyTorch's tensors: a small operation of PyTorch costs several times as much.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain, compress
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from ..architectures import Architecture
-from ..architectures.base import Inputs
+from ..architectures.base import Inputs, Update
+from ..backends import BackendError, native
 from ..layout import dense_strides
+from ..native_operations import Kept
 from ..operations import ModelTensors
-from ..reference import TensorState
+from ..reference import Array, TensorState
 from . import device
 from .operations import implementation
 from .plan import check_gradient, check_parameters
@@ -29,6 +35,10 @@ from .state import Layout, Options, check_keys, checked_arrays, checked_step
 SHARED = "shared"
 """Key of the first parameter group: a dict of the arrays of `Architecture.init_shared`, `step` (int64, the steps taken)
 and `num_steps` (a number, that of the last step)."""
+
+ONE_THREAD = 1 << 19
+"""Multiply-adds of a matrix product that NumPy (OpenBLAS) computes in the thread that calls it. For larger ones it
+wakes others, which do not heed PyTorch's number of threads and spin for 26 ms afterwards, while the kernels run."""
 
 _HINT = "load a state that was saved with the same weights, architecture and parameter names"
 
@@ -77,10 +87,12 @@ def check_number(loss: Any) -> None:
 
 
 class Level(NamedTuple):
-    """Where the tensor level is computed, and in which type."""
+    """Where the tensor level is computed, in which type, and by what."""
 
     device: torch.device
     dtype: torch.dtype
+    in_numpy: bool
+    """On the memory of PyTorch's tensors."""
 
     @classmethod
     def of(cls, architecture: Architecture, everything: Sequence[Planned]) -> Level:
@@ -93,13 +105,34 @@ class Level(NamedTuple):
             )
         dtypes = {home.sums for _, _, _, home in everything}
         where = next(iter(places), torch.device("cpu"))  # no parameters yet
-        return cls(where, torch.float64 if torch.float64 in dtypes else torch.float32)
+        return cls(
+            where,
+            torch.float64 if torch.float64 in dtypes else torch.float32,
+            {home.backend for _, _, _, home in everything} == {"cpu"}
+            and _has_small_network(architecture, len(everything)),
+        )
 
-    def number(self, value: Any) -> torch.Tensor:
+    def array(self, a: torch.Tensor) -> Array:
+        """The same memory as an array that is computed with."""
+        return a.numpy() if self.in_numpy else a
+
+    def number(self, value: Any) -> Array:
         """A number or a tensor of one element as one () of this level, without a wait for the device."""
+        if self.in_numpy:
+            return np.asarray(
+                value.item() if isinstance(value, torch.Tensor) else float(value),
+                str(self.dtype).removeprefix("torch."),
+            )
         if isinstance(value, torch.Tensor):
             return value.detach().reshape(()).to(self.device, self.dtype, non_blocking=True)
         return torch.full((), float(value), dtype=self.dtype, device=self.device)
+
+
+def _has_small_network(architecture: Architecture, tensors: int) -> bool:
+    """Whether there is one, and NumPy computes its largest matrix product in one thread."""
+    sizes = [math.prod(shape) for shape in architecture.theta_shapes.values()]
+    rows = tensors if architecture.sees_tensors else 1
+    return bool(sizes) and rows * max(sizes) < ONE_THREAD
 
 
 class _Member(NamedTuple):
@@ -122,7 +155,7 @@ class _Model:
         self.architecture = options.spec
         self.everything = check_parameters(options, groups)
         self.level = Level.of(self.architecture, self.everything)
-        self.theta = memory.named_theta(*self.level)
+        self.theta = memory.named_theta(self.level.device, self.level.dtype)
         names = [name for group in groups for name in group.get("param_names", ())]
         self.named = bool(names)
         filled = [i for i, (_, _, p, _) in enumerate(self.everything) if p.numel()]
@@ -215,29 +248,45 @@ class ArchitecturePlan:
                 state[p] = model.initial_state(member)
         self._members = [m for m in model.members if m.planned[2].grad is not None]
         self._collect(groups, state)
-        self._known = _fingerprint(groups, state)
+        self._seen = _Seen(groups, state)
 
     def _collect(self, groups: Groups, state: State) -> None:
-        """What operations take."""
-        self._params = [m.planned[2] for m in self._members]
-        self._targets = [p.detach() for p in self._params]
-        self._accumulators = [
-            {key: state[p][key] for key in m.accumulators}
-            for m, p in zip(self._members, self._params, strict=True)
-        ]
-        self._states = []
-        for member, found in zip(self._members, self._accumulators, strict=True):
-            _, _, p, home = member.planned
-            unused = torch.zeros(0, dtype=home.sums, device=p.device)
-            self._states.append(TensorState(*(found.get(key, unused) for key in TensorState._fields)))
-        keys = self._members[0].row_layouts if self._members else ()
-        self._rows = {key: [state[p][key] for p in self._params] for key in keys}
-        shared = groups[0][SHARED]
-        self._step = shared["step"]
-        self._shared = {key: a for key, a in shared.items() if key not in ("step", "num_steps")}
+        """What operations take, and the arrays of the tensor level."""
+        members, level = self._members, self._model.level
         backends = {home.backend for _, _, _, home in self._model.everything}
         self._backend = backends.pop() if len(backends) == 1 else "reference"
-        self._host = self._model.level.device.type in HOST
+        self._host = level.device.type in HOST
+        self._kept = Kept()
+        self._params = [m.planned[2] for m in members]
+        self._targets = [p.detach() for p in self._params]
+        self._group_of = [m.planned[0] for m in members]
+        self._names = [m.name for m in members] if self._model.named else []
+        self._strides = [m.strides for m in members]
+        self._converted = any(
+            p.dtype != m.planned[3].sums for m, p in zip(members, self._params, strict=True)
+        )
+        self._params_fit = self._fit(self._targets)
+        self._gradients_fit = self._fit([p.grad for p in self._params])
+        self._keys = [list(m.accumulators) for m in members]
+        self._states = []
+        for m, p in zip(members, self._params, strict=True):
+            unused = torch.zeros(0, dtype=m.planned[3].sums, device=p.device)
+            found = {key: state[p][key] for key in m.accumulators}
+            self._states.append(TensorState(*(found.get(key, unused) for key in TensorState._fields)))
+        self._theta = {key: level.array(a) for key, a in self._model.theta.items()}
+        self._rows = {key: level.array(a) for key, a in self._stacked_rows(state).items()}
+        shared = {key: a for key, a in groups[0][SHARED].items() if key != "num_steps"}
+        self._shared = {key: level.array(a) for key, a in shared.items()}
+        self._step = self._shared.pop("step")
+
+    def _stacked_rows(self, state: State) -> dict[str, torch.Tensor]:
+        """The rows of all tensors, one behind the other; from now on those in `state` are views of them."""
+        stacked: dict[str, torch.Tensor] = {}
+        for key in self._members[0].row_layouts if self._members else ():
+            stacked[key] = torch.stack([state[p][key] for p in self._params])
+            for i, p in enumerate(self._params):
+                state[p][key] = stacked[key][i]
+        return stacked
 
     @staticmethod
     def check(options: Options[Architecture], groups: Groups) -> None:
@@ -269,7 +318,8 @@ class ArchitecturePlan:
         num_steps: int | None,
     ) -> bool:
         """As `plan.Plan.step`; `loss` and `num_steps` as `LearnedOptimizer` takes them."""
-        if _fingerprint(groups, state) != self._known:
+        gradients = self._seen.gradients(groups, state)
+        if gradients is None:
             return False
         lrs, weight_decays = hyperparameters(groups, read_devices=self._host)
         if found_inf is not None:
@@ -278,21 +328,20 @@ class ArchitecturePlan:
             found_inf = None if self._host or on_host(found_inf) else found_inf.to(self._model.level.device)
         if not self._members:
             return True
-        gradients = [p.grad for p in self._params]
         scale = self._gradient_factor(gradients, grad_scale, max_grad_norm)
         architecture, level = self._model.architecture, self._model.level
 
         def for_each(values: Sequence[Number]) -> list[Number]:
             here = [_scalar(value, level.device) for value in values]
-            return [here[m.planned[0]] for m in self._members]
+            return [here[group] for group in self._group_of]
 
         tensors = ModelTensors(
-            params=[self._operand(m, p) for m, p in zip(self._members, self._targets, strict=True)],
-            grads=[self._operand(m, g.detach()) for m, g in zip(self._members, gradients, strict=True)],
+            params=self._operands(self._targets, self._params_fit),
+            grads=self._operands(gradients, self._gradients_fit),
             states=self._states,
             lr=for_each(lrs),
             weight_decay=for_each(weight_decays),
-            names=[m.name for m in self._members] if self._model.named else (),
+            names=self._names,
             grad_scale=scale,
             apply=True,
         )
@@ -301,28 +350,30 @@ class ArchitecturePlan:
             None if num_steps is None else level.number(num_steps),
             level.number(loss) if architecture.needs_loss else None,
         )
-        rows = {key: torch.stack(values) for key, values in self._rows.items()}
-        shared = {
-            key: a.clone() for key, a in self._shared.items()
-        }  # a new array may be an old one of another name
-        with _no_autocast(level.device.type):
+        # Copies, as a new array may be an old one of another name.
+        rows, shared = _copies(self._rows), _copies(self._shared)
+        with _no_autocast(level.device.type), np.errstate(all="ignore"):
             update = architecture.step(
-                implementation(self._backend, found_inf), self._model.theta, tensors, rows, shared, inputs
-            )
-        targets, values = self._written(update.outputs, update.states, update.rows, update.shared)
-        targets.append(self._step)
-        values.append(self._step + 1)
-        if found_inf is not None:
-            stay = found_inf.reshape(()) > 0
-            values = [
-                torch.where(stay, old, new.to(old.dtype)) for old, new in zip(targets, values, strict=True)
-            ]
-        torch._foreach_copy_(targets, values)
+                implementation(self._backend, found_inf, self._kept, level.in_numpy),
+                self._theta, tensors, rows, shared, inputs,
+            )  # fmt: skip
+        self._write(update, found_inf)
         groups[0][SHARED]["num_steps"] = num_steps
         return True
 
+    def _fit(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether operations take them as they are."""
+        dense = self._backend == "reference" or [*map(torch.Tensor.stride, tensors)] == self._strides
+        return dense and not self._converted
+
+    def _operands(self, tensors: list[torch.Tensor], fit: bool) -> list[torch.Tensor]:
+        """One for each member, or copies: in the type that is computed in, for kernels dense in the memory order of
+        the parameter."""
+        if fit:
+            return tensors
+        return [self._operand(m, a.detach()) for m, a in zip(self._members, tensors, strict=True)]
+
     def _operand(self, member: _Member, a: torch.Tensor) -> torch.Tensor:
-        """`a`, or a copy: in the type that is computed in, for kernels dense in the memory order of the parameter."""
         _, _, p, home = member.planned
         if self._backend != "reference" and a.stride() != member.strides:
             return torch.empty_strided(p.shape, member.strides, dtype=p.dtype, device=p.device).copy_(a)
@@ -341,22 +392,101 @@ class ArchitecturePlan:
             return scale
         return scale * clip_factor(gradients, scale, max_grad_norm)
 
-    def _written(
-        self,
-        outputs: Sequence[torch.Tensor],
-        states: Sequence[TensorState],
-        rows: Mapping[str, torch.Tensor],
-        shared: Mapping[str, torch.Tensor],
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """What to write where; not what operations have written in place."""
-        pairs = list(zip(self._targets, outputs, strict=True))
-        for entries, after in zip(self._accumulators, states, strict=True):
-            pairs += [(a, getattr(after, key)) for key, a in entries.items()]
-        for key, values in self._rows.items():
-            pairs += zip(values, rows[key].unbind(), strict=True)
-        pairs += [(a, shared[key]) for key, a in self._shared.items()]
+    def _write(self, update: Update, found_inf: torch.Tensor | None) -> None:
+        """Where `found_inf` is 0; not what operations have written in place."""
+        pairs: list[tuple[Any, Any]] = [
+            (old, new) for old, new in zip(self._targets, update.outputs, strict=True) if new is not old
+        ]
+        for keys, before, after in zip(self._keys, self._states, update.states, strict=True):
+            if after is not before:
+                pairs += [(getattr(before, key), getattr(after, key)) for key in keys]
+        level = [(self._step, self._step + 1)]
+        level += [(a, update.rows[key]) for key, a in self._rows.items()]
+        level += [(a, update.shared[key]) for key, a in self._shared.items()]
+        if self._model.level.in_numpy:
+            for old, new in level:
+                old[...] = new
+        else:
+            pairs += level
         pairs = [(old, new) for old, new in pairs if new is not old]
-        return [old for old, _ in pairs], [new for _, new in pairs]
+        if found_inf is not None:
+            stay = found_inf.reshape(()) > 0
+            pairs = [(old, torch.where(stay, old, new.to(old.dtype))) for old, new in pairs]
+        if pairs:
+            torch._foreach_copy_([old for old, _ in pairs], [new for _, new in pairs])
+
+
+class _Seen:
+    """What a plan was built for, and whether a step still meets that: as cheap for each tensor as can be."""
+
+    def __init__(self, groups: Groups, state: State) -> None:
+        self._objects = _objects(groups, state)  # kept, so that no other object gets their ids
+        self._ids = [[*map(id, kind)] for kind in self._objects]
+        params = self._objects[0]
+        self._tensors = params + [a for a in self._objects[-1] if isinstance(a, torch.Tensor)]
+        self._places = _described(self._tensors)
+        present = [p for p in params if p.grad is not None]
+        self._has_gradient = [p.grad is not None for p in params]
+        self._gradients_lie = _described([p.grad for p in present])[1]
+        self._filled = [p.numel() > 0 for p in present]
+        self._real = np.array([p.numel() > 0 and p.device.type != "meta" for p in present], bool)
+
+    def gradients(self, groups: Groups, state: State) -> list[torch.Tensor] | None:
+        """Those of the parameters that have one and are not empty; None if the plan does not fit."""
+        objects = _objects(groups, state)
+        if [[*map(id, kind)] for kind in objects] != self._ids or _described(self._tensors) != self._places:
+            return None
+        gradients = [p.grad for p in objects[0]]
+        if [g is not None for g in gradients] != self._has_gradient:
+            return None
+        present = [g for g in gradients if g is not None]
+        addresses, lie = _described(present)
+        if lie != self._gradients_lie or any(map(torch.Tensor.is_neg, present)):
+            return None
+        if not np.frombuffer(addresses, np.int64)[self._real].all():
+            return None  # its memory was freed
+        return [*compress(present, self._filled)]
+
+
+def _described(tensors: list[Any]) -> tuple[bytes, Any]:
+    """Addresses of tensors as int64, 0 where there is no memory, and all else about how they lie in it: to be compared
+    with those of another time."""
+    found = _in_native_code(tensors)
+    if found is None:
+        lie = [
+            (t.layout, t.dtype, t.device, t.shape, t.layout is torch.strided and t.stride()) for t in tensors
+        ]
+        addresses = [t.data_ptr() if t.layout is torch.strided else 0 for t in tensors]
+        return np.array(addresses, np.int64).tobytes(), lie
+    return found
+
+
+def _in_native_code(tensors: list[Any]) -> tuple[bytes, bytes] | None:
+    """None without the compiled core or with an older one, and for what DLPack does not have: sparse tensors, some
+    types of devices."""
+    try:
+        found: tuple[bytes, bytes] | None = native().described(
+            tensors, torch.Tensor.__dlpack_c_exchange_api__
+        )
+    except (BackendError, AttributeError):
+        return None
+    return found
+
+
+def _objects(groups: Groups, state: State) -> tuple[list[Any], ...]:
+    """Parameters; those that have state, their dicts, the keys of these, and what is in them.
+
+    No look-up: a tensor's hash is a function in Python.
+    """
+    params = [p for group in groups for p in group["params"]]
+    shared = {key: a for key, a in groups[0].get(SHARED, {}).items() if key != "num_steps"}
+    entries = [*state.values()]
+    both = [shared, *entries]
+    return params, [*state], entries, [*chain.from_iterable(both)], [a for e in both for a in e.values()]
+
+
+def _copies(arrays: Mapping[str, Array]) -> dict[str, Array]:
+    return {key: a.copy() if isinstance(a, np.ndarray) else a.clone() for key, a in arrays.items()}
 
 
 def observe_validation(
@@ -366,7 +496,8 @@ def observe_validation(
     model = _Model(options, memory, groups)
     shared = model.checked_shared(groups, copy=False)
     arrays = {key: a.clone() for key, a in shared.items() if key not in ("step", "num_steps")}
-    arrays = model.architecture.observe_validation(model.theta, arrays, model.level.number(loss))
+    number = model.level._replace(in_numpy=False).number(loss)
+    arrays = model.architecture.observe_validation(model.theta, arrays, number)
     groups[0][SHARED].update(shared)
     for key, a in arrays.items():
         shared[key].copy_(a)
@@ -392,40 +523,3 @@ def _scalar(value: Number, where: torch.device) -> Number:
 def _no_autocast(kind: str) -> AbstractContextManager[Any]:
     enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.autocast(kind, enabled=False) if enabled else nullcontext()
-
-
-def _fingerprint(groups: Groups, state: State) -> list[Any]:
-    """Equal as long as a plan fits: memory of parameters and state, and which of them have a gradient."""
-    found: list[Any] = [_places(groups[0].get(SHARED))]
-    for group in groups:
-        for p in group["params"]:
-            g = p.grad
-            usable = g is not None and (
-                g.layout is torch.strided
-                and (g.dtype, g.device, g.shape) == (p.dtype, p.device, p.shape)
-                and not g.is_neg()
-                and (g.data_ptr() != 0 or p.device.type == "meta" or not g.numel())
-            )
-            found.append(
-                (
-                    id(p),
-                    p.data_ptr(),
-                    p.dtype,
-                    p.device,
-                    p.shape,
-                    p.stride(),
-                    g is None,
-                    usable,
-                    _places(state.get(p)),
-                )
-            )
-    return found
-
-
-def _places(entries: Any) -> Any:
-    """Where the arrays of a dict lie."""
-    if not entries:
-        return None
-    return id(entries), [
-        (key, id(a), a.data_ptr()) for key, a in entries.items() if isinstance(a, torch.Tensor)
-    ]

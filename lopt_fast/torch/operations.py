@@ -7,11 +7,12 @@ import warnings
 import torch
 
 from ..architectures import Architecture
-from ..backends import BACKENDS, BackendError, BackendWarning, native
+from ..backends import BACKENDS, OPERATIONS, BackendError, BackendWarning, native
 from ..native import DTYPES
-from ..native_operations import CpuOperations, unsupported
+from ..native_operations import CpuOperations, Kept, unsupported
 from ..operations import ElementMlp, Operations, Reference
-from . import triton_operations
+from . import device, triton_operations
+from .cuda_operations import CudaOperations
 from .triton import FLOATS, available
 from .triton_operations import TritonOperations
 
@@ -33,12 +34,9 @@ def operations_backend(
         raise BackendError(f"backend={backend!r}: must be one of {', '.join(BACKENDS)}")
     if backend == "reference":
         return backend
-    refusals = {"triton": _triton_refusal, "cpu": _cpu_refusal}
     reasons = {}
-    for name in refusals if backend == "auto" else (backend,):
-        if name not in refusals:
-            reasons[name] = "it has no kernels for the operations of this architecture so far"
-        elif reason := refusals[name](architecture, device_type, dtype_name):
+    for name in REFUSALS if backend == "auto" else (backend,):
+        if reason := REFUSALS[name](architecture, device_type, dtype_name):
             reasons[name] = reason
         else:
             return name
@@ -58,14 +56,33 @@ def operations_backend(
     return "reference"
 
 
-def implementation(backend: str, found_inf: torch.Tensor | None = None) -> Operations:
+def implementation(
+    backend: str, found_inf: torch.Tensor | None = None, kept: Kept | None = None, in_numpy: bool = False
+) -> Operations:
     """The operations of a backend, as of now: the number of threads is PyTorch's.
 
-    found_inf: on a GPU, see `TritonOperations`; the others do not read it.
+    found_inf: on a GPU, see `CudaOperations`; the others do not read it.
+    kept, in_numpy: of the CPU kernels, see `CpuOperations`.
     """
+    if backend in device.KERNELS:
+        return CudaOperations(found_inf, backend)
     if backend == "triton":
         return TritonOperations(found_inf)
-    return CpuOperations("openmp", torch.get_num_threads()) if backend == "cpu" else Reference()
+    return (
+        CpuOperations("openmp", torch.get_num_threads(), kept=kept, in_numpy=in_numpy)
+        if backend == "cpu"
+        else Reference()
+    )
+
+
+def _cuda_refusal(architecture: Architecture, device_type: str, dtype_name: str) -> str | None:
+    """None if the CUDA kernels can compute the operations of `architecture`, else the reason why not."""
+    if not architecture.has_kernels:
+        return f"{architecture.NAME} is plain array code, with these hyperparameters at least"
+    mlp = getattr(architecture, "mlp", None)
+    operation = "element_mlp" if isinstance(mlp, ElementMlp) else "adam"
+    kernels = next(b for b in OPERATIONS[operation] if b.name == "cuda")
+    return kernels.refusal(mlp, device_type, dtype_name)
 
 
 def _triton_refusal(architecture: Architecture, device_type: str, dtype_name: str) -> str | None:
@@ -98,3 +115,7 @@ def _cpu_refusal(architecture: Architecture, device_type: str, dtype_name: str) 
         return f"it takes {' and '.join(DTYPES)}, not {dtype_name}"
     mlp = getattr(architecture, "mlp", None)
     return unsupported(mlp) if isinstance(mlp, ElementMlp) else None
+
+
+REFUSALS = {"cuda": _cuda_refusal, "triton": _triton_refusal, "cpu": _cpu_refusal}
+"""What says why a backend cannot be used; the best first."""

@@ -66,12 +66,13 @@ class Home:
             raise BackendError(
                 f"mlp={options.mlp!r}: {name} is updated by backend 'triton', which does not have it"
             )
-        if backend == "triton" and not isinstance(options.spec, Spec) and wanted not in (None, torch.float32):
+        on_gpu = backend not in ("cpu", "reference")
+        if on_gpu and not isinstance(options.spec, Spec) and wanted not in (None, torch.float32):
             raise BackendError(
-                f"state_dtype={wanted}: {options.spec.NAME} on backend 'triton' keeps the state of {name} in "
+                f"state_dtype={wanted}: {options.spec.NAME} on backend {backend!r} keeps the state of {name} in "
                 "torch.float32"
             )
-        if backend not in ("cpu", "reference"):
+        if on_gpu:
             return cls(backend, True, wanted or torch.float32, torch.float32)
         dtype = torch.float32 if p.dtype in _HALF else p.dtype
         if wanted not in (None, dtype):

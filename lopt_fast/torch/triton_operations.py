@@ -8,25 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..layout import Loops
-from ..native import Placement
 from ..operations import AdamScalars, Decays, ElementMlp, ModelTensors, Reference, Result, Statistics, Weights
-from ..operations.adam import ADAM_AVERAGES
+from ..operations.adam import ADAM_AVERAGES, adam_between_statistics
 from ..reference import Array, TensorState
 from ..spec import Accumulates, Averages
+from . import operands
 from .triton import available, interpreted
 
 _ALIGNMENT = 16  # bytes
-_STATE = ("momentum", "second_moment", "factored_row", "factored_column")
 
 
 @cache
@@ -83,29 +81,31 @@ class TritonOperations:
         tensors: ModelTensors,
         decays: Decays | None,
         gradient_clip: Array | float | None = None,
+        before: bool = False,
     ) -> Statistics:
+        decays = None if before else decays
         k, counts = _kernels("statistics"), Averages(accumulates.momenta, accumulates.second_moments, 0)
         if decays is not None:
-            _check_decays(decays, counts)
+            operands.check_decays(decays, counts)
         call = _Call(tensors, counts, gradient_clip, flat=True)
         dtype = torch.float32
         for p in tensors.params:
             dtype = torch.promote_types(dtype, p.dtype)
-        columns = _statistics_columns(counts)
+        columns = operands.statistics_columns(counts)
         rows = torch.empty((len(tensors), columns[-1].stop), dtype=dtype, device=call.device)
         if call.refused:
             some = Reference.statistics(
-                accumulates, _for_definitions(tensors, call.refused), decays, gradient_clip
+                accumulates, operands.for_definitions(tensors, call.refused), decays, gradient_clip
             )
             for values, column in zip(some, columns, strict=True):
                 rows[call.refused, column] = values.reshape(len(call.refused), -1).to(dtype)
         if call.taken:
             width, count = k.width(*counts[:2]), k.quantities(*counts[:2])
-            rates = call.zeros(sum(counts)) if decays is None else _rates(decays, counts)
+            rates = call.zeros(sum(counts)) if decays is None else operands.rates(decays, counts)
             constants = {"MOMENTA": counts[0], "SECOND_MOMENTS": counts[1], "MOVED": decays is not None,
                          "COUNT": count, "WIDTH": width}  # fmt: skip
             sums, totals = call.empty(call.plan.slots * 2 * width), call.empty(len(call.taken), 2, width)
-            with _guard(call.device):
+            with operands.guard(call.device):
                 call.over_tiles(k.spreads, k.BLOCK, constants, sums, rates, call.numbers)
                 call.over_tensors(k.merge, {**constants, "BLOCK": k.MERGE_BLOCK}, sums, totals)
             mean, variance = totals[:, 0, :], totals[:, 1, :]
@@ -130,24 +130,28 @@ class TritonOperations:
         multiplier: Array | None = None,
         gradient_clip: Array | float | None = None,
         steps_only: bool = False,
+        column_mean_square: Array | None = None,
     ) -> Result:
         counts = Averages.of(spec)
-        _check_decays(decays, counts)
-        _check_weights(spec, len(tensors), weights, multiplier)
-        outputs, mode = _outputs(tensors, steps_only)
+        operands.check_decays(decays, counts)
+        operands.check_weights(spec, len(tensors), weights, multiplier)
+        outputs, mode = operands.make_outputs(tensors, steps_only)
         call = _Call(tensors, counts, gradient_clip, outputs, spec.normalise_over == "matrix",
                      flat=not spec.factored_moments, refuse_all=unsupported(spec) is not None)  # fmt: skip
         messages = torch.empty((len(tensors), spec.messages), dtype=torch.float32, device=call.device)
         if call.refused:
             result = Reference.element_mlp(
-                spec, _for_definitions(tensors, call.refused), decays, _some_weights(weights, call.refused),
+                spec, operands.for_definitions(tensors, call.refused), decays,
+                operands.some_weights(weights, call.refused),
                 None if multiplier is None else multiplier[call.refused], gradient_clip, steps_only,
             )  # fmt: skip
         if call.taken:
             if call.refused:
-                weights = _some_weights(weights, call.taken)
+                weights = operands.some_weights(weights, call.taken)
                 multiplier = None if multiplier is None else multiplier[call.taken]
-            hidden = self._network_passes(spec, call, mode, _rates(decays, counts), weights, multiplier)
+            hidden = self._network_passes(
+                spec, call, mode, operands.rates(decays, counts), weights, multiplier
+            )
             if spec.messages:
                 w, b = weights.w[-1][..., 2 : 2 + spec.messages], weights.b[-1][..., 2 : 2 + spec.messages]
                 found = (hidden[:, :, None] * w.float()).sum(1) + b.float()
@@ -155,8 +159,8 @@ class TritonOperations:
         if call.refused:
             if result.messages is not None:
                 messages[call.refused] = result.messages.to(messages.dtype)
-            self._place(call, result, outputs)
-        _tell_autograd(tensors, mode)
+            operands.place(tensors, call.refused, result, outputs, self._found_inf)
+        operands.tell_autograd(tensors, mode)
         return Result(outputs, tensors.states, messages if spec.messages else None)
 
     def _network_passes(
@@ -178,7 +182,7 @@ class TritonOperations:
             return found
 
         adding = {"WIDTH": width, "BLOCK": _common().ADD_TILES_BLOCK}
-        with _guard(call.device):
+        with operands.guard(call.device):
             if plan.pieces is not None:
                 call.over_tiles(k.factor_sums, k.FACTOR_BLOCK, constants, call.numbers)
                 moving = {"FIRST_RATE": spec.momenta + spec.second_moments, "TILES": k.MOVE_TILES,
@@ -198,52 +202,40 @@ class TritonOperations:
         return totals[:, : spec.hidden_size] / plan.elements[:, None]
 
     def adam(
-        self, tensors: ModelTensors, scalars: AdamScalars, gradient_clip: Array | float | None = None
+        self,
+        tensors: ModelTensors,
+        scalars: AdamScalars,
+        gradient_clip: Array | float | None = None,
+        statistics: bool = False,
     ) -> Result:
+        if statistics:
+            return adam_between_statistics(self, tensors, scalars, gradient_clip)
         for name, x in zip(scalars._fields, scalars, strict=True):
             if tuple(x.shape) != (len(tensors),):
                 raise ValueError(f"scalars.{name} has shape {tuple(x.shape)}, expected ({len(tensors)},)")
-        outputs, mode = _outputs(tensors)
+        outputs, mode = operands.make_outputs(tensors)
         call = _Call(tensors, Averages.of(ADAM_AVERAGES), gradient_clip, outputs, flat=True)
         if call.refused:
             some = AdamScalars(*(x[call.refused] for x in scalars))
-            result = Reference.adam(_for_definitions(tensors, call.refused), some, gradient_clip)
+            result = Reference.adam(operands.for_definitions(tensors, call.refused), some, gradient_clip)
         if call.taken:
             k = _kernels("adam")
             numbers = torch.stack([x.float() for x in scalars], dim=1)
             numbers = numbers[call.taken] if call.refused else numbers
-            with _guard(call.device):
+            with operands.guard(call.device):
                 call.over_tiles(
                     k.adam, k.BLOCK, {"OUTPUT": mode}, numbers, call.numbers, self._stop(call.device)
                 )
         if call.refused:
-            self._place(call, result, outputs)
-        _tell_autograd(tensors, mode)
+            operands.place(tensors, call.refused, result, outputs, self._found_inf)
+        operands.tell_autograd(tensors, mode)
         return Result(outputs, tensors.states)
 
     def _stop(self, where: torch.device) -> torch.Tensor:
         return torch.zeros(1, device=where) if self._found_inf is None else self._found_inf
 
-    def _place(self, call: _Call, result: Result, outputs: Sequence[torch.Tensor]) -> None:
-        """Copies what the definitions gave for the refused tensors to where the kernels would have written it."""
-        for i, output, state in zip(call.refused, result.outputs, result.states, strict=True):
-            pairs = [(outputs[i], output), *zip(call.tensors.states[i], state, strict=True)]
-            for to, values in pairs:
-                if self._found_inf is not None:
-                    values = torch.where(self._found_inf.reshape(()) != 0.0, to, values.to(to.dtype))
-                to.detach().copy_(values)
-
 
 # ---- the tensors of a call ----
-
-
-class _Tensor(NamedTuple):
-    """How a tensor that the kernels take lies in memory."""
-
-    loops: Loops
-    dtype: str
-    aligned: bool
-    """All addresses and distances of averages are multiples of 16 bytes."""
 
 
 class _Call:
@@ -265,7 +257,7 @@ class _Call:
         self.tensors, self.device = tensors, tensors.params[0].device
         self.taken: list[int] = []
         self.refused: list[int] = []
-        kept: list[_Tensor] = []
+        kept: list[operands.Tensor] = []
         rows: list[list[int]] = []
         for i, (p, g, state) in enumerate(zip(tensors.params, tensors.grads, tensors.states, strict=True)):
             entry = "" if refuse_all else _entry(p, g, state, counts, by_matrix, self.device)
@@ -290,7 +282,7 @@ class _Call:
         table[:, : len(_common().OF_CALL)] = [[*row, *pair] for row, pair in zip(rows, places, strict=True)]
         columns = [plan.fields[name] for name in ("x_sums", "y_sums", "means")]
         table[:, columns] = scratch.data_ptr() + 4 * table[:, columns]
-        self.table = _upload(torch.from_numpy(table), self.device)
+        self.table = operands.upload(torch.from_numpy(table), self.device)
 
     def empty(self, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.device)
@@ -336,9 +328,13 @@ def _entry(
     counts: Averages,
     by_matrix: bool,
     where: torch.device,
-) -> tuple[_Tensor, list[int]] | str:
+) -> tuple[operands.Tensor, list[int]] | str:
     """(how it lies, OF_CALL without an output and numbers), or why the kernels do not take it."""
-    found = _accepted(_lies(p), _lies(g), tuple(map(_lies, state[:4])), counts, by_matrix, where)
+    if where.type != "cuda" and not interpreted():
+        return f"the kernels run on a GPU, the tensor is on {where}"
+    found = operands.accepted(
+        operands.lies(p), operands.lies(g), tuple(map(operands.lies, state[:4])), counts, by_matrix, where
+    )
     if isinstance(found, str):
         return found
     m, v, x, y = state[:4]
@@ -349,66 +345,6 @@ def _entry(
         row += (a.data_ptr(), a.stride(0))
     wide = row[0] | row[1] | row[3] | row[5] | (0 if found.loops.factored else row[7])
     return (found if wide % _ALIGNMENT == 0 else found._replace(aligned=False)), row
-
-
-class _Lies(NamedTuple):
-    """How an array lies in memory, but for where."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-    problem: str | None
-
-
-def _lies(a: torch.Tensor) -> _Lies:
-    if a.layout is not torch.strided:
-        return _Lies(tuple(a.shape), (), a.dtype, a.device, f"a tensor has layout {a.layout}")
-    return _Lies(a.shape, a.stride(), a.dtype, a.device, "a tensor is lazily negated" if a.is_neg() else None)
-
-
-@lru_cache(maxsize=8192)
-def _accepted(
-    p: _Lies, g: _Lies, state: tuple[_Lies, ...], counts: Averages, by_matrix: bool, where: torch.device
-) -> _Tensor | str:
-    """How a tensor lies that the kernels take if addresses are aligned, or why they do not take it."""
-    if where.type != "cuda" and not interpreted():
-        return f"the kernels run on a GPU, the tensor is on {where}"
-    if reason := _not_on(p, where) or _not_on(g, where):
-        return reason
-    dtype = str(p.dtype).removeprefix("torch.")
-    if dtype not in _common().TYPES:
-        return f"the kernels take {', '.join(_common().TYPES)}, not {dtype}"
-    if by_matrix and len(p.shape) > 2:
-        return "normalisers for each matrix of a stack"
-    placement = Placement.of(p.shape, p.strides, on_gpu=True)
-    loops = placement.loops
-    if placement.strides_of_view(p.strides) is not None:
-        return "the parameter has gaps in memory"
-    if g.dtype != p.dtype or g.shape != p.shape or placement.strides_of_view(g.strides) is not None:
-        return "the gradient does not lie in memory as the parameter, in its type"
-    layouts, aligned = placement.state_layouts(counts), True
-    for name, a in zip(_STATE, state, strict=True):
-        if name not in layouts:
-            continue
-        shape, strides = layouts[name]
-        if reason := _not_on(a, where):
-            return f"{name}: {reason}"
-        if a.dtype != torch.float32 or a.shape != shape:
-            return f"{name} is {a.dtype} {tuple(a.shape)}, the kernels take float32 {shape}"
-        if any(n > 1 and s != t for n, s, t in zip(shape[1:], a.strides[1:], strides[1:], strict=True)):
-            return f"{name} does not lie in memory as the parameter"
-        if shape[0] > 1 and a.strides[0] < math.prod(shape[1:]):
-            return f"the averages of {name} overlap"
-        if name in ("momentum", "second_moment") or not loops.factored:
-            aligned = aligned and (shape[0] == 1 or a.strides[0] % 8 == 0)
-    return _Tensor(loops, dtype, aligned)
-
-
-def _not_on(a: _Lies, where: torch.device) -> str | None:
-    if a.device != where:
-        return f"a tensor is on {a.device}, the first one on {where}"
-    return a.problem
 
 
 @dataclass(frozen=True)
@@ -429,7 +365,7 @@ class _Plan:
 
 
 @lru_cache(maxsize=32)
-def _plan(device: torch.device, tensors: tuple[_Tensor, ...], flat: bool) -> _Plan:
+def _plan(device: torch.device, tensors: tuple[operands.Tensor, ...], flat: bool) -> _Plan:
     c = _common()
     fields = {name: i for i, name in enumerate(c.FIELDS)}
     table = np.zeros((len(tensors), len(fields)), np.int64)
@@ -536,55 +472,13 @@ def _numbers(
     places = [(place(tensors.lr[i]), place(tensors.weight_decay[i])) for i in taken]
     on_device = [isinstance(v, torch.Tensor) and v.device == where for v in values]
     host = [0.0 if there else float(v) for v, there in zip(values, on_device, strict=True)]
-    found = _upload(torch.tensor(host, dtype=torch.float32), where)
+    found = operands.upload(torch.tensor(host, dtype=torch.float32), where)
     if any(on_device):
         found = torch.stack(
             [v.detach().reshape(()).float() if there else f
              for v, there, f in zip(values, on_device, found.unbind(), strict=True)]
         )  # fmt: skip
     return found, places
-
-
-def _upload(a: torch.Tensor, where: torch.device) -> torch.Tensor:
-    """`a` on the device; the host does not wait."""
-    return a.pin_memory().to(where, non_blocking=True) if where.type == "cuda" else a.to(where)
-
-
-def _rates(decays: Decays, counts: Averages) -> torch.Tensor:
-    """1 - decay of the averages that an operation reads: momenta, second moments, factored moments."""
-    parts = [x.reshape(-1).float() for x, count in zip(decays, counts, strict=True) if count]
-    return torch.cat(parts) if parts else torch.zeros(0)
-
-
-def _check_decays(decays: Decays, counts: Averages) -> None:
-    for name, values, count in zip(decays._fields, decays, counts, strict=True):
-        if count and values.numel() != count:
-            raise ValueError(f"decays.{name} has {values.numel()} numbers, expected {count}")
-
-
-def _check_weights(spec: ElementMlp, tensors: int, weights: Weights, multiplier: torch.Tensor | None) -> None:
-    layers = spec.layer_sizes
-    if len(weights.w) != len(layers) or len(weights.b) != len(layers):
-        raise ValueError(f"{len(weights.w)} weights and {len(weights.b)} biases for {len(layers)} layers")
-    for i, (n_in, n_out) in enumerate(layers):
-        # The last layer may have outputs that nothing reads.
-        for name, a, shape in ((f"w[{i}]", weights.w[i], (n_in, n_out)), (f"b[{i}]", weights.b[i], (n_out,))):
-            found = tuple(a.shape)
-            of_tensors, layer = found[: len(found) - len(shape)], found[len(found) - len(shape) :]
-            last = i == len(layers) - 1
-            fits = layer[:-1] == shape[:-1] and (layer[-1:] >= shape[-1:] if last else layer == shape)
-            if of_tensors not in ((), (tensors,)) or len(layer) != len(shape) or not fits:
-                raise ValueError(f"weights.{name} has shape {found}, expected {shape} or {(tensors, *shape)}")
-    if multiplier is not None and tuple(multiplier.shape) != (tensors,):
-        raise ValueError(f"multiplier has shape {tuple(multiplier.shape)}, expected ({tensors},)")
-
-
-def _some_weights(weights: Weights, indices: list[int]) -> Weights:
-    """Those of some tensors."""
-    return Weights(
-        tuple(w[indices] if w.ndim == 3 else w for w in weights.w),
-        tuple(b[indices] if b.ndim == 2 else b for b in weights.b),
-    )
 
 
 def _folded(
@@ -617,40 +511,3 @@ def _folded(
     for i in range(len(w)):
         parts += [w[i].expand(count, *w[i].shape[-2:]).reshape(count, -1), b[i].expand(count, b[i].shape[-1])]
     return torch.cat(parts, dim=1)
-
-
-def _statistics_columns(counts: Averages) -> list[slice]:
-    """Of each field of `Statistics`, its columns among all."""
-    sizes = [1, 1, 1, 1, 1, counts[0], counts[0], counts[1], counts[1]]
-    ends = np.cumsum(sizes).tolist()
-    return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
-
-
-# ---- what the definitions take, and outputs ----
-
-
-def _for_definitions(tensors: ModelTensors, indices: list[int]) -> ModelTensors:
-    """Some tensors, in float32 where they are in 16 bits."""
-
-    def wide(a: torch.Tensor) -> torch.Tensor:
-        return a.detach().float() if a.dtype.itemsize == 2 else a.detach()
-
-    some = tensors.select(indices)
-    return replace(some, params=[wide(p) for p in some.params], grads=[wide(g) for g in some.grads])
-
-
-def _outputs(tensors: ModelTensors, steps_only: bool = False) -> tuple[list[torch.Tensor], str]:
-    """Where results go, and what they are (OUTPUT)."""
-    if tensors.apply and not steps_only:
-        return list(tensors.params), "parameter"
-    return [torch.empty_like(p) for p in tensors.params], "step" if steps_only else "delta"
-
-
-def _tell_autograd(tensors: ModelTensors, mode: str) -> None:
-    """That the parameters have changed."""
-    if mode == "parameter":
-        torch.autograd.graph.increment_version(tensors.params)
-
-
-def _guard(where: torch.device) -> Any:
-    return torch.cuda.device(where) if where.type == "cuda" else nullcontext()
