@@ -18,9 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from array_api_compat import array_namespace
-
 from ..layout import factored_dims
+from ..namespace import array_namespace
 from ..operations import ModelTensors, Operations
 from ..reference import SQUARE_EPSILON, Array, TensorState
 from ..spec import Accumulates, Averages, SpecError

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from array_api_compat import array_namespace, device
+from array_api_compat import device
 
+from ..namespace import array_namespace
 from ..operations import ModelTensors
 from ..operations.constants import constant
 from ..reference import Array

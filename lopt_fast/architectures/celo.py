@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from array_api_compat import array_namespace
 
+from ..namespace import array_namespace
 from ..operations import ModelTensors, Operations
 from ..reference import Array
 from .base import Arrays, Inputs, Theta, Update

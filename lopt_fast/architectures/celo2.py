@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
-from array_api_compat import array_namespace
 
+from ..namespace import array_namespace
 from ..operations import AdamScalars, Decays, ElementMlp, ModelTensors, Operations, Result, Weights
 from ..operations.adam import ADAM_AVERAGES
 from ..operations.mlp import element_mlp

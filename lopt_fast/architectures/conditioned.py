@@ -19,14 +19,14 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import numpy as np
-from array_api_compat import array_namespace
 
+from ..namespace import array_namespace
 from ..operations import Decays, ElementMlp, ModelTensors, Operations, Result, Statistics, Weights
 from ..reference import LOG_EPSILON, Array
 from ..spec import TIMESCALES, Accumulates
 from .base import Architecture, Arrays, Inputs, Theta
 from .checks import check_decays, check_numbers, check_sizes
-from .networks import INITIAL_SCALE, constant, follow_momentum, init_mlp, linear, log_magnitude, new
+from .networks import INITIAL_SCALE, clip, constant, follow_momentum, init_mlp, linear, log_magnitude, new
 
 GROUPS = ("g", "p", "log_abs_p", "m", "rms", "m_rsqrt_rms", "rsqrt_rms")
 """Of the columns, in the order of w0."""
@@ -169,7 +169,7 @@ class ConditionedMlp(Architecture):
         )
         centre = _corrected(mean, TRAIN_LOSS_DECAY, t + 1.0)
         spread = xp.sqrt(_corrected(variance, TRAIN_LOSS_DECAY, t + 1.0) + LOSS_EPSILON)
-        losses = xp.clip((losses - centre) / spread, -5.0, 5.0)
+        losses = clip((losses - centre) / spread, -5.0, 5.0)
 
         shapes = [tuple(p.shape) for p in tensors.params]
         observed = Observed(

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from array_api_compat import array_namespace
 
+from ..namespace import array_namespace
 from ..operations import Decays, ElementMlp, ModelTensors, Operations, Weights
 from ..reference import time_columns
 from ..spec import TIMESCALES, Accumulates

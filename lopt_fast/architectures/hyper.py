@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from array_api_compat import array_namespace
 
+from ..namespace import array_namespace
 from ..operations import Decays, ElementMlp, Weights
 from ..reference import Array, Epsilons
 from ..spec import Accumulates, SpecError

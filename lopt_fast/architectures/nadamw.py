@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from array_api_compat import array_namespace
 
+from ..namespace import array_namespace
 from ..operations import AdamScalars, ModelTensors, Operations
 from ..operations.adam import ADAM_AVERAGES
 from ..reference import Array

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from array_api_compat import array_namespace, device
+from array_api_compat import device
 
+from ..namespace import array_namespace
 from ..operations import ElementMlp
 from ..operations.constants import constant as constant
 from ..operations.constants import new as new
@@ -31,6 +32,12 @@ def relu(x: Array) -> Array:
     return array_namespace(x).where(x < 0, 0.0 * x, x)
 
 
+def clip(x: Array, low: float, high: float) -> Array:
+    """`x` within [low, high]; keeps NaN. xp.clip is slow where arrays are small: it broadcasts its bounds first."""
+    xp = array_namespace(x)
+    return xp.where(x < low, low, xp.where(x > high, high, x))
+
+
 def lstm(x: Array, hidden: Array, cell: Array, w: Array, b: Array) -> tuple[Array, Array]:
     """(hidden, cell) after one step of an LSTM over rows: gates i, g, f, o, and 1 is added to f (Haiku's LSTM).
 
@@ -47,7 +54,7 @@ def lstm(x: Array, hidden: Array, cell: Array, w: Array, b: Array) -> tuple[Arra
 def log_magnitude(x: Array, scale: float = 1.0) -> Array:
     """scale * log(1e-8 + |x|), the logarithm within [-5, 5]."""
     xp = array_namespace(x)
-    return scale * xp.clip(xp.log(1e-8 + xp.abs(x)), -5.0, 5.0)
+    return scale * clip(xp.log(1e-8 + xp.abs(x)), -5.0, 5.0)
 
 
 def seen_fraction(decay: Array, t: Array) -> Array:
@@ -168,5 +175,5 @@ class LossHistory(NamedTuple):
 
         span = corrected[1:] - smallest[:-1]
         ratio = (corrected[:-1] - smallest[:-1]) / xp.where(span < 1e-8, constant(1e-8, span), span)
-        features = xp.clip(ratio - 1.0, -1.0, 1.0)
+        features = clip(ratio - 1.0, -1.0, 1.0)
         return LossHistory(means, smallest), xp.where(t <= 1, constant(0.0, features), features)

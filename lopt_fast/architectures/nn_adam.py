@@ -17,15 +17,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from array_api_compat import array_namespace
 
+from ..namespace import array_namespace
 from ..operations import AdamScalars, ModelTensors, Operations, Statistics
 from ..operations.adam import ADAM_AVERAGES
 from ..reference import Array
 from ..spec import Accumulates, SpecError
 from .base import Architecture, Arrays, Inputs, Theta, Update
 from .checks import check_numbers, check_sizes
-from .networks import constant, init_linear, linear, log_magnitude, lstm
+from .networks import clip, constant, init_linear, linear, log_magnitude, lstm
 
 GRADIENT_CLIP = 1000.0
 CONTROLS = ("lr", "beta1", "beta2", "epsilon")
@@ -146,7 +146,7 @@ class NNAdam(Architecture):
 
 def clipped_log(name: str, control: Array) -> Array:
     """Logarithm of lr, epsilon or 1 - beta, within its bounds. control: a tenth of it, (tensors,)."""
-    return array_namespace(control).clip(10.0 * control, *_LOG_BOUNDS[name])
+    return clip(10.0 * control, *_LOG_BOUNDS[name])
 
 
 def tensor_features(statistics: Statistics, controls: Arrays, ndims: Sequence[int]) -> Array:
@@ -159,7 +159,7 @@ def tensor_features(statistics: Statistics, controls: Arrays, ndims: Sequence[in
     xp = array_namespace(like)
     momentum, momentum_variance = statistics.momentum_mean[:, 0], statistics.momentum_variance[:, 0]
     second, second_variance = statistics.second_moment_mean[:, 0], statistics.second_moment_variance[:, 0]
-    seen = {name: 0.2 * xp.clip(controls[name], -5.0, 5.0) for name in CONTROLS}
+    seen = {name: 0.2 * clip(controls[name], -5.0, 5.0) for name in CONTROLS}
     columns = [
         seen["beta1"],
         seen["beta2"],

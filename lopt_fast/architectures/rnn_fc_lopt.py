@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from array_api_compat import array_namespace
 
+from ..namespace import array_namespace
 from ..operations import ModelTensors, Operations
 from .base import Arrays, Inputs, Theta, Update
 from .checks import check_sizes

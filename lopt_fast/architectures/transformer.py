@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from array_api_compat import array_namespace
 
+from ..namespace import array_namespace
 from ..reference import Array
 from .networks import init_linear, linear
 

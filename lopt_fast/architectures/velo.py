@@ -15,8 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from array_api_compat import array_namespace
-
+from ..namespace import array_namespace
 from ..operations import ModelTensors, Operations, Statistics
 from ..reference import Array
 from ..spec import SpecError

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from array_api_compat import array_namespace, device
+from array_api_compat import device
 
 from ..layout import column_shape, row_shape
+from ..namespace import array_namespace
 from ..reference import Array, TensorState
 from ..spec import Accumulates
 from .constants import constant

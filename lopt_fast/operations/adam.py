@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from array_api_compat import array_namespace
-
+from ..namespace import array_namespace
 from ..reference import Array, TensorState
 from ..spec import Averages
 from .accumulators import ModelTensors, as_vector, clipped

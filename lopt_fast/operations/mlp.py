@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from array_api_compat import array_namespace
-
+from ..namespace import array_namespace
 from ..reference import Array, Epsilons, TensorState, accumulate, columns, mlp
 from ..spec import Scale
 from .accumulators import Decays, ModelTensors, as_vector, clipped, like_before

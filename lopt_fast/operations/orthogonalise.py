@@ -5,8 +5,7 @@ Plain array code alone: the cost is in matrix products, which every framework ha
 
 from __future__ import annotations
 
-from array_api_compat import array_namespace
-
+from ..namespace import array_namespace
 from ..reference import Array
 
 COEFFICIENTS = (3.4445, -4.775, 2.0315)

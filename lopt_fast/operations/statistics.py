@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeGuard
 
-from array_api_compat import array_namespace
-
+from ..namespace import array_namespace
 from ..reference import Array, TensorState, accumulate
 from ..spec import Accumulates
 from .accumulators import Decays, ModelTensors, as_vector, clipped
@@ -59,7 +58,7 @@ def tensor_statistics(p: Array, g: Array, state: TensorState) -> Statistics:
 
 def stacked(rows: Sequence[Statistics], params: Sequence[Array]) -> Statistics:
     """Those of all tensors, in the widest type of the parameters."""
-    xp = array_namespace(*params)
+    xp = array_namespace(params[0])
     widest = xp.result_type(*params)
     return Statistics(
         *(None if values[0] is None else xp.stack([xp.astype(x, widest) for x in values])
