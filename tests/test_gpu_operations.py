@@ -5,7 +5,6 @@ tests/gpu/test_operations_gpu.py repeats these tests on a GPU.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,17 +16,15 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from lopt_fast import backends  # noqa: E402
-from lopt_fast.architectures import ARCHITECTURES  # noqa: E402
 from lopt_fast.architectures.celo import Celo  # noqa: E402
 from lopt_fast.architectures.sgdm import SgdM  # noqa: E402
 from lopt_fast.backends import BackendError  # noqa: E402
-from lopt_fast.checkpoint import Checkpoint  # noqa: E402
 from lopt_fast.native_operations import unsupported_on_gpus  # noqa: E402
 from lopt_fast.operations import AdamScalars, Decays, ModelTensors, Reference, Result, Weights  # noqa: E402
 from lopt_fast.operations.adam import ADAM_AVERAGES  # noqa: E402
 from lopt_fast.reference import TensorState  # noqa: E402
-from lopt_fast.torch import LearnedOptimizer, cuda_operations, device, operations  # noqa: E402
-from tests import triton_operations_problem  # noqa: E402
+from lopt_fast.torch import cuda_operations, device, operands, operations  # noqa: E402
+from tests import operations_on_devices  # noqa: E402
 from tests.test_native_operations import (  # noqa: E402
     SPECS,
     assert_close,
@@ -54,7 +51,7 @@ DEVICE, BACKEND = "cpu", "emulator"
 
 
 def to_torch(a: Any) -> Any:
-    return triton_operations_problem.to_torch(a).to(DEVICE)
+    return operations_on_devices.to_torch(a).to(DEVICE)
 
 
 def to_numpy(a: Any) -> Any:
@@ -117,7 +114,7 @@ def check(
     expected = Reference.element_mlp(spec, in_float64(arrays), *arguments, multiplier, **options)
     # Not by the definition, unless the kernels refuse a tensor.
     by_kernels = unsupported_on_gpus(spec) is None and spec.normalise_over == "tensor"
-    with mock.patch.object(cuda_operations, "Reference", None if by_kernels else Reference):
+    with mock.patch.object(operands, "Reference", None if by_kernels else Reference):
         actual = run(spec, tensors_of(arrays), *arguments, multiplier, **options)
     shown = replace(arrays, apply=apply and not options.get("steps_only", False))
     assert_result_close(arrays_of(actual), expected, shown, "float32", name)
@@ -350,42 +347,8 @@ def test_learned_optimizer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operations, "REFUSALS", chosen)
     monkeypatch.setattr("lopt_fast.torch.architecture_plan.HOST", frozenset())
     monkeypatch.setattr("lopt_fast.torch.scalars.HOST", frozenset())
-    architecture: Any = ARCHITECTURES[name]()
-    rng = np.random.default_rng(0)
-    theta = {k: a + 0.05 * rng.standard_normal(a.shape) for k, a in architecture.init_theta().items()}
-    starts = [rng.standard_normal(shape) for shape in [(6, 4), (5,), (3, 2, 2)]]
-    grads = [[rng.standard_normal(p.shape) for p in starts] for _ in range(2)]
-
-    def steps(backend: str, dtype: Any) -> tuple[list[Any], Any]:
-        params = [torch.nn.Parameter(torch.tensor(p).to(dtype)) for p in starts]
-        params[2].data = params[2].data.permute(2, 0, 1).contiguous().permute(1, 2, 0)
-        named = [(f"weight{i}", p) for i, p in enumerate(params)]
-        optimizer = LearnedOptimizer(
-            named, Checkpoint(architecture, theta), lr=0.5, weight_decay=0.1, num_steps=10, backend=backend
-        )
-        for t in range(2):
-            for p, g in zip(params, grads[t], strict=True):
-                p.grad = torch.tensor(g).to(dtype)
-            optimizer.step(loss=1.0 / (t + 1))
-        return params, optimizer
-
-    expected, _ = steps("reference", torch.float64)
-    actual, optimizer = steps("auto", torch.float32)
+    optimizer = operations_on_devices.check_learned_optimizer(name, "auto")
     assert set(optimizer.backends.values()) == {"emulator"}
-    for a, e, start in zip(actual, expected, starts, strict=True):
-        moved = (e.detach().numpy() - start).reshape(-1)
-        assert_close(
-            a.detach().numpy().reshape(-1) - start.reshape(-1), moved, 2e-4 + 1e-6 / np.abs(moved).max()
-        )
-    before = copy.deepcopy([actual, optimizer.state_dict()])
-    optimizer.found_inf, optimizer.grad_scale = torch.ones(1), torch.ones(1)
-    actual[0].grad[0, 0] = np.inf
-    optimizer.step(loss=1.0)
-    for a, b in zip(actual, before[0], strict=True):
-        assert torch.equal(a, b)
-    for i, entries in optimizer.state_dict()["state"].items():
-        for key, a in entries.items():
-            assert torch.equal(a, before[1]["state"][i][key]), key
 
 
 def test_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:

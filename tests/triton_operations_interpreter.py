@@ -5,7 +5,6 @@ triton is imported.
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,13 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from lopt_fast.architectures import ARCHITECTURES
-from lopt_fast.checkpoint import Checkpoint
 from lopt_fast.operations import AdamScalars, Decays, ModelTensors, Reference, Result, Weights
 from lopt_fast.operations.adam import ADAM_AVERAGES
 from lopt_fast.reference import TensorState
-from lopt_fast.torch import LearnedOptimizer
 from lopt_fast.torch.triton_operations import TritonOperations, refusal
+from tests.operations_on_devices import check_learned_optimizer, tensors_of, to_torch
 from tests.test_native_operations import (
     SPECS,
     assert_close,
@@ -33,7 +30,6 @@ from tests.test_native_operations import (
     random_weights,
 )
 from tests.triton_interpreter import patch_each_module_once  # noqa: F401
-from tests.triton_operations_problem import tensors_of, to_torch
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through tests/test_triton_operations.py"
 
@@ -137,6 +133,19 @@ def test_statistics(moved: bool) -> None:
         assert a.dtype == torch.float32
         # The rounding of 100 to float32 moves a variance of 1e-4.
         assert_close(a, e, 1e-3 if name == "parameter_variance" else 1e-5, name)
+
+
+def test_statistics_of_refused_tensors() -> None:
+    spec = SPECS["rnn_fc_lopt"]
+    arrays = random_tensors(spec, [(6, 5), (7, 4), (9,)], "float32")
+    decays = random_decays(spec)
+    tensors = tensors_of(arrays)
+    tensors.grads[1] = tensors.grads[1].T.contiguous().T  # not in the parameter's order in memory
+    assert refusal(tensors.params[1], tensors.grads[1], tensors.states[1], spec) is not None
+    expected = Reference.statistics(spec, in_float64(arrays), decays, 1.2)
+    actual = TritonOperations().statistics(spec, tensors, Decays(*map(to_torch, decays)), 1.2)
+    for name, a, e in zip(actual._fields[:9], actual[:9], expected[:9], strict=True):
+        assert_close(a, e, 1e-5, name)
 
 
 @pytest.mark.parametrize("apply", [True, False])
@@ -289,38 +298,4 @@ def test_learned_optimizer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lopt_fast.torch.operations.TRITON_DEVICES", ["cpu"])
     monkeypatch.setattr("lopt_fast.torch.architecture_plan.HOST", frozenset())
     monkeypatch.setattr("lopt_fast.torch.scalars.HOST", frozenset())
-    architecture = ARCHITECTURES[name]()
-    rng = np.random.default_rng(0)
-    theta = {k: a + 0.05 * rng.standard_normal(a.shape) for k, a in architecture.init_theta().items()}
-    starts = [rng.standard_normal(shape) for shape in [(6, 4), (5,), (3, 2, 2)]]
-    grads = [[rng.standard_normal(p.shape) for p in starts] for _ in range(2)]
-
-    def steps(backend: str, dtype: torch.dtype) -> tuple[list[torch.Tensor], Any]:
-        params = [torch.nn.Parameter(torch.tensor(p).to(dtype)) for p in starts]
-        params[2].data = params[2].data.permute(2, 0, 1).contiguous().permute(1, 2, 0)
-        named = [(f"weight{i}", p) for i, p in enumerate(params)]
-        optimizer = LearnedOptimizer(
-            named, Checkpoint(architecture, theta), lr=0.5, weight_decay=0.1, num_steps=10, backend=backend
-        )
-        for t in range(2):
-            for p, g in zip(params, grads[t], strict=True):
-                p.grad = torch.tensor(g).to(dtype)
-            optimizer.step(loss=1.0 / (t + 1))
-        return params, optimizer
-
-    expected, _ = steps("reference", torch.float64)
-    actual, optimizer = steps("triton", torch.float32)
-    for a, e, start in zip(actual, expected, starts, strict=True):
-        moved = (e.detach().numpy() - start).reshape(-1)
-        assert_close(
-            a.detach().numpy().reshape(-1) - start.reshape(-1), moved, 2e-4 + 1e-6 / np.abs(moved).max()
-        )
-    before = copy.deepcopy([actual, optimizer.state_dict()])
-    optimizer.found_inf, optimizer.grad_scale = torch.ones(1), torch.ones(1)
-    actual[0].grad[0, 0] = np.inf
-    optimizer.step(loss=1.0)
-    for a, b in zip(actual, before[0], strict=True):
-        assert torch.equal(a, b)
-    for i, entries in optimizer.state_dict()["state"].items():
-        for key, a in entries.items():
-            assert torch.equal(a, before[1]["state"][i][key]), key
+    check_learned_optimizer(name, "triton")

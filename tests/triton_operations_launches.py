@@ -14,8 +14,8 @@ import torch
 from lopt_fast.operations import AdamScalars, Decays, Weights
 from lopt_fast.operations.adam import ADAM_AVERAGES
 from lopt_fast.torch import triton_operations
+from tests.operations_on_devices import tensors_of, to_torch
 from tests.test_native_operations import SPECS, random_decays, random_scalars, random_tensors, random_weights
-from tests.triton_operations_problem import tensors_of, to_torch
 
 
 class Driver:

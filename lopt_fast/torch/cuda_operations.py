@@ -16,7 +16,7 @@ import torch
 
 from ..backends import native
 from ..native_operations import mlp_spec, unsupported_on_gpus
-from ..operations import AdamScalars, Decays, ElementMlp, ModelTensors, Reference, Result, Statistics, Weights
+from ..operations import AdamScalars, Decays, ElementMlp, ModelTensors, Result, Statistics, Weights
 from ..operations.adam import ADAM_AVERAGES, adam_between_statistics
 from ..reference import Array, TensorState
 from ..spec import Accumulates, Averages
@@ -55,24 +55,14 @@ class CudaOperations:
         decays = None if before else decays
         counts = Averages(accumulates.momenta, accumulates.second_moments, 0)
         call = _Call(tensors, counts, decays, gradient_clip)
-        dtype = torch.float32
-        for p in tensors.params:
-            dtype = torch.promote_types(dtype, p.dtype)
-        columns = operands.statistics_columns(counts)
-        rows = torch.empty((len(tensors), columns[-1].stop), dtype=dtype, device=call.device)
-        if call.refused:
-            some = Reference.statistics(
-                accumulates, operands.for_definitions(tensors, call.refused), decays, gradient_clip
-            )
-            for values, column in zip(some[: len(columns)], columns, strict=True):
-                assert values is not None
-                rows[call.refused, column] = values.reshape(len(call.refused), -1).to(dtype)
+        found = None
         if call.taken:
-            found = call.empty(len(call.taken), rows.shape[1])
+            width = 5 + 2 * (counts.momenta + counts.second_moments)
+            found = call.empty(len(call.taken), width)
             self._run("statistics", call, results=found, moved=decays is not None)
-            rows[call.chosen] = found.to(dtype)
-        alone = [rows[:, column.start] for column in columns[:5]]
-        return Statistics(*alone, *(rows[:, column] for column in columns[5:]))
+        return operands.refused_statistics(
+            tensors, call.refused, counts, decays, gradient_clip, call.taken, found
+        )
 
     def element_mlp(
         self,
@@ -94,11 +84,9 @@ class CudaOperations:
         )
         messages = call.empty(len(tensors), spec.messages)
         if call.refused:
-            result = Reference.element_mlp(
-                spec, operands.for_definitions(tensors, call.refused), decays,
-                operands.some_weights(weights, call.refused),
-                None if multiplier is None else multiplier[call.refused], gradient_clip, steps_only,
-            )  # fmt: skip
+            result = operands.refused_mlp(
+                spec, tensors, call.refused, decays, weights, multiplier, gradient_clip, steps_only
+            )
         if call.taken:
             found = call.empty(len(call.taken), spec.messages)
             mine = operands.some_weights(weights, call.taken) if call.refused else weights
@@ -124,15 +112,12 @@ class CudaOperations:
     ) -> Result:
         if statistics:
             return adam_between_statistics(self, tensors, scalars, gradient_clip)
-        for name, x in zip(scalars._fields, scalars, strict=True):
-            if tuple(x.shape) != (len(tensors),):
-                raise ValueError(f"scalars.{name} has shape {tuple(x.shape)}, expected ({len(tensors)},)")
+        operands.check_scalars(scalars, len(tensors))
         outputs, mode = operands.make_outputs(tensors)
         own = torch.stack([x.float() for x in scalars], dim=1)
         call = _Call(tensors, Averages.of(ADAM_AVERAGES), None, gradient_clip, outputs, own)
         if call.refused:
-            some = AdamScalars(*(x[call.refused] for x in scalars))
-            result = Reference.adam(operands.for_definitions(tensors, call.refused), some, gradient_clip)
+            result = operands.refused_adam(tensors, call.refused, scalars, gradient_clip)
         if call.taken:
             self._run("adam", call, output=mode)
         if call.refused:

@@ -9,12 +9,12 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from ..layout import Loops
 from ..native import Placement
-from ..operations import Decays, ElementMlp, ModelTensors, Result, Weights
+from ..operations import AdamScalars, Decays, ElementMlp, ModelTensors, Reference, Result, Statistics, Weights
+from ..reference import Array
 from ..spec import Averages
 from .triton import FLOATS
 
@@ -140,11 +140,10 @@ def some_weights(weights: Weights, indices: list[int]) -> Weights:
     )
 
 
-def statistics_columns(counts: Averages) -> list[slice]:
-    """Of each field of `Statistics`, its columns among all."""
-    sizes = [1, 1, 1, 1, 1, counts[0], counts[0], counts[1], counts[1]]
-    ends = np.cumsum(sizes).tolist()
-    return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+def check_scalars(scalars: AdamScalars, tensors: int) -> None:
+    for name, x in zip(scalars._fields, scalars, strict=True):
+        if tuple(x.shape) != (tensors,):
+            raise ValueError(f"scalars.{name} has shape {tuple(x.shape)}, expected ({tensors},)")
 
 
 # ---- what the definitions take, and outputs ----
@@ -158,6 +157,59 @@ def for_definitions(tensors: ModelTensors, indices: list[int]) -> ModelTensors:
 
     some = tensors.select(indices)
     return replace(some, params=[wide(p) for p in some.params], grads=[wide(g) for g in some.grads])
+
+
+def refused_statistics(
+    tensors: ModelTensors,
+    refused: list[int],
+    counts: Averages,
+    decays: Decays | None,
+    gradient_clip: Array | float | None,
+    taken: list[int],
+    found: torch.Tensor | None,
+) -> Statistics:
+    """Of all tensors: those of the refused ones from the definitions, `found` of those that kernels take, a row each
+    with the fields behind one another."""
+    sizes = [1] * 5 + [counts.momenta] * 2 + [counts.second_moments] * 2
+    dtype = torch.float32
+    for p in tensors.params:
+        dtype = torch.promote_types(dtype, p.dtype)
+    rows = torch.empty((len(tensors), sum(sizes)), dtype=dtype, device=tensors.params[0].device)
+    if refused:
+        some = Reference.statistics(counts, for_definitions(tensors, refused), decays, gradient_clip)
+        # The definitions show all averages that there are.
+        fields = zip(some[: len(sizes)], sizes, strict=True)
+        parts = [a.reshape(len(refused), -1)[:, :n] for a, n in fields if a is not None]
+        rows[refused] = torch.cat(parts, dim=1).to(dtype)
+    if found is not None:
+        rows[taken if refused else slice(None)] = found.to(dtype)
+    alone, several = rows[:, :5].unbind(1), rows[:, 5:].split(sizes[5:], dim=1)
+    return Statistics(*alone, *several)
+
+
+def refused_mlp(
+    spec: ElementMlp,
+    tensors: ModelTensors,
+    refused: list[int],
+    decays: Decays,
+    weights: Weights,
+    multiplier: torch.Tensor | None,
+    gradient_clip: Array | float | None,
+    steps_only: bool,
+) -> Result:
+    """`element_mlp` of the refused tensors by the definition; nothing is written."""
+    return Reference.element_mlp(
+        spec, for_definitions(tensors, refused), decays, some_weights(weights, refused),
+        None if multiplier is None else multiplier[refused], gradient_clip, steps_only,
+    )  # fmt: skip
+
+
+def refused_adam(
+    tensors: ModelTensors, refused: list[int], scalars: AdamScalars, gradient_clip: Array | float | None
+) -> Result:
+    """The same of `adam`."""
+    some = AdamScalars(*(x[refused] for x in scalars))
+    return Reference.adam(for_definitions(tensors, refused), some, gradient_clip)
 
 
 def make_outputs(tensors: ModelTensors, steps_only: bool = False) -> tuple[list[torch.Tensor], str]:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ..layout import Loops
-from ..operations import AdamScalars, Decays, ElementMlp, ModelTensors, Reference, Result, Statistics, Weights
+from ..operations import AdamScalars, Decays, ElementMlp, ModelTensors, Result, Statistics, Weights
 from ..operations.adam import ADAM_AVERAGES, adam_between_statistics
 from ..reference import Array, TensorState
 from ..spec import Accumulates, Averages
@@ -88,17 +88,7 @@ class TritonOperations:
         if decays is not None:
             operands.check_decays(decays, counts)
         call = _Call(tensors, counts, gradient_clip, flat=True)
-        dtype = torch.float32
-        for p in tensors.params:
-            dtype = torch.promote_types(dtype, p.dtype)
-        columns = operands.statistics_columns(counts)
-        rows = torch.empty((len(tensors), columns[-1].stop), dtype=dtype, device=call.device)
-        if call.refused:
-            some = Reference.statistics(
-                accumulates, operands.for_definitions(tensors, call.refused), decays, gradient_clip
-            )
-            for values, column in zip(some, columns, strict=True):
-                rows[call.refused, column] = values.reshape(len(call.refused), -1).to(dtype)
+        found = None
         if call.taken:
             width, count = k.width(*counts[:2]), k.quantities(*counts[:2])
             rates = call.zeros(sum(counts)) if decays is None else operands.rates(decays, counts)
@@ -114,12 +104,9 @@ class TritonOperations:
                 [mean[:, :1], variance[:, :1], mean[:, 1:2], variance[:, 1:2], mean[:, count : count + 1],
                  mean[:, momenta], variance[:, momenta], mean[:, second], variance[:, second]], dim=1
             )  # fmt: skip
-            if not call.refused:
-                rows = found.to(dtype)
-            else:
-                rows[call.taken] = found.to(dtype)
-        alone = [rows[:, column.start] for column in columns[:5]]
-        return Statistics(*alone, *(rows[:, column] for column in columns[5:]))
+        return operands.refused_statistics(
+            tensors, call.refused, counts, decays, gradient_clip, call.taken, found
+        )
 
     def element_mlp(
         self,
@@ -140,11 +127,9 @@ class TritonOperations:
                      flat=not spec.factored_moments, refuse_all=unsupported(spec) is not None)  # fmt: skip
         messages = torch.empty((len(tensors), spec.messages), dtype=torch.float32, device=call.device)
         if call.refused:
-            result = Reference.element_mlp(
-                spec, operands.for_definitions(tensors, call.refused), decays,
-                operands.some_weights(weights, call.refused),
-                None if multiplier is None else multiplier[call.refused], gradient_clip, steps_only,
-            )  # fmt: skip
+            result = operands.refused_mlp(
+                spec, tensors, call.refused, decays, weights, multiplier, gradient_clip, steps_only
+            )
         if call.taken:
             if call.refused:
                 weights = operands.some_weights(weights, call.taken)
@@ -210,14 +195,11 @@ class TritonOperations:
     ) -> Result:
         if statistics:
             return adam_between_statistics(self, tensors, scalars, gradient_clip)
-        for name, x in zip(scalars._fields, scalars, strict=True):
-            if tuple(x.shape) != (len(tensors),):
-                raise ValueError(f"scalars.{name} has shape {tuple(x.shape)}, expected ({len(tensors)},)")
+        operands.check_scalars(scalars, len(tensors))
         outputs, mode = operands.make_outputs(tensors)
         call = _Call(tensors, Averages.of(ADAM_AVERAGES), gradient_clip, outputs, flat=True)
         if call.refused:
-            some = AdamScalars(*(x[call.refused] for x in scalars))
-            result = Reference.adam(operands.for_definitions(tensors, call.refused), some, gradient_clip)
+            result = operands.refused_adam(tensors, call.refused, scalars, gradient_clip)
         if call.taken:
             k = _kernels("adam")
             numbers = torch.stack([x.float() for x in scalars], dim=1)
