@@ -112,7 +112,7 @@ LOPT_INLINE T sum(Vec<T> x) {
   return lanes[0];
 }
 
-// max(low, x), min(high, x): NaN in x stays.
+// max(low, x), min(high, x): NaN in x stays; NaN in the bound becomes x.
 template <typename T>
 LOPT_INLINE Vec<T> at_least(Vec<T> low, Vec<T> x) {
   return x < low ? low : x;
@@ -172,9 +172,9 @@ LOPT_INLINE Vec<float> rsqrt<float>(Vec<float> x) {
 #else
   Vec<float> y = (Vec<float>)_mm_rsqrt_ps((__m128)x);
 #endif
-  const Vec<float> error = 1.0f - (x * y) * y;
-  const Vec<float> refined = y + (0.5f * y) * error;
-  return x == splat(__builtin_inff()) ? y : refined;  // infinity: y is 0 and the error 0 * infinity
+  // Infinity: y is 0 and 1 - infinity * 0 not a number, of which at_least makes -1.
+  const Vec<float> error = at_least<float>(1.0f - (x * y) * y, splat(-1.0f));
+  return y + (0.5f * y) * error;
 }
 #endif
 
@@ -194,12 +194,11 @@ LOPT_INLINE Vec<float> reciprocal<float>(Vec<float> x) {
 #else
   const Vec<float> y = (Vec<float>)_mm_rcp_ps((__m128)x);
 #endif
-  const Vec<float> refined = y + y * (1.0f - x * y);
-  return x == splat(__builtin_inff()) ? y : refined;
+  return y + y * at_least<float>(1.0f - x * y, splat(-1.0f));  // as in rsqrt
 }
 #endif
 
-// 2^x. float: relative error below 3e-7, infinity and 0 beyond the range.
+// 2^x. float: relative error below 3e-7, infinity above the range, 2^-126 below it (with AVX-512 down to 0).
 LOPT_INLINE Vec<double> exp2(Vec<double> x) {
   Vec<double> y;
   for (int i = 0; i < kLanes<double>; ++i) y[i] = std::exp2(x[i]);
@@ -210,9 +209,9 @@ LOPT_INLINE Vec<float> exp2(Vec<float> x) {
   const Vec<float> whole =
       (Vec<float>)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-  x = at_least<float>(splat(-160.0f), at_most<float>(splat(160.0f), x));
+  x = at_least<float>(splat(-126.0f), at_most<float>(splat(128.0f), x));
   const Vec<float> magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const Vec<float> whole = (x + magic) - magic;
+  const Vec<float> shifted = x + magic, whole = shifted - magic;
 #endif
   const Vec<float> r = x - whole;  // exact, in [-0.5, 0.5]
   // Minimax polynomial of 2^r on that interval, relative error 2e-7 with rounding.
@@ -224,11 +223,10 @@ LOPT_INLINE Vec<float> exp2(Vec<float> x) {
 #if defined(__AVX512F__)
   return (Vec<float>)_mm512_scalef_ps((__m512)y, (__m512)whole);
 #else
-  // Scale in two halves, so that results near the ends of the range do not overflow on the way.
+  // The integer stands in the lowest bits of `shifted`; moved up, it is added to the exponent: 1.0 and 128 give
+  // infinity. A NaN may become another value here, so a caller multiplies by what is NaN with it.
   typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
-  const Int n = __builtin_convertvector(whole, Int);
-  const Int half = n >> 1, rest = n - half;
-  return (y * (Vec<float>)((half + 127) << 23)) * (Vec<float>)((rest + 127) << 23);
+  return (Vec<float>)((Int)y + ((Int)shifted << 23));
 #endif
 }
 

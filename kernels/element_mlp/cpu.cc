@@ -566,7 +566,7 @@ LOPT_INLINE Vec<float> hyperbolic(Vec<float> x) {
   const V z = x * x;
   const V series = x + x * z * (-1.0f / 3 + z * (2.0f / 15 + z * (-17.0f / 315 + z * (62.0f / 2835))));
   const V other = 1.0f - 2.0f / (exp2(x * float(2 * kLog2E)) + 1.0f);
-  return z < splat(0.0625f) ? series : other;
+  return z >= splat(0.0625f) ? other : series;  // NaN: the series, as exp2 may lose it
 }
 
 template <typename T>
