@@ -1,16 +1,17 @@
 // The driver of a step: checks, tiling, scratch memory, folding of the network, and the order of the passes.
 #include "csrc/core.h"
 
+#include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <mutex>
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "csrc/arena.h"
 #include "kernels/small_fc_lopt/kernel.h"
 
 namespace lopt {
@@ -50,17 +51,19 @@ const std::vector<std::string>& kernel_names() {
   return names;
 }
 
-size_t chosen = 0;  // index into kernels(); changed by set_instruction_set alone
+// Index into kernels(); changed by set_instruction_set alone.
+std::atomic<size_t> chosen{0};
+size_t in_use() { return chosen.load(std::memory_order_relaxed); }
 
 template <typename T>
 const KernelTable<T>& table();
 template <>
 const KernelTable<float>& table<float>() {
-  return kernels()[chosen]->f32;
+  return kernels()[in_use()]->f32;
 }
 template <>
 const KernelTable<double>& table<double>() {
-  return kernels()[chosen]->f64;
+  return kernels()[in_use()]->f64;
 }
 
 // ---- tiling ----
@@ -86,41 +89,6 @@ Tiling tiling_of(const Loops& l) {
   t.row_tiles = divide_up(t.rows, t.rows_per_tile);
   return t;
 }
-
-// ---- scratch memory ----
-
-// Hands out aligned pieces of one block; grows between tensors, never while one is in use.
-class Arena {
- public:
-  ~Arena() { std::free(block_); }
-  Arena() = default;
-  Arena(const Arena&) = delete;
-  Arena& operator=(const Arena&) = delete;
-
-  void reset(size_t bytes) {
-    used_ = 0;
-    if (bytes <= size_) return;
-    std::free(block_);
-    size_ = 0;
-    block_ = static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
-    if (!block_) throw std::bad_alloc();
-    size_ = bytes;
-  }
-  template <typename U>
-  U* take(int64_t count) {
-    U* p = reinterpret_cast<U*>(block_ + used_);
-    used_ += bytes_of<U>(count);
-    return p;
-  }
-  template <typename U>
-  static size_t bytes_of(int64_t count) {
-    return (size_t(count) * sizeof(U) + 63) / 64 * 64;
-  }
-
- private:
-  char* block_ = nullptr;
-  size_t size_ = 0, used_ = 0;
-};
 
 // ---- one tensor ----
 
@@ -188,29 +156,31 @@ void take_scratch(TensorStep<T>& c, Arena& arena) {
   const Tiling& t = c.tiling;
   const Loops& l = c.tensor.loops;
   const int64_t h = c.hidden_size;
-  const bool factored = l.factored;
   c.x_stride = c.x_size + kPadding;
   c.y_stride = c.y_size + kPadding;
-  const int64_t x_sums = factored ? t.run_tiles * c.x_size : 0;
-  const int64_t y_sums = factored ? (l.batch0 + t.row_tiles) * l.batch1 * t.run : 0;
-  const int64_t axes = factored ? c.x_stride + c.y_stride : 0;
-  const int64_t longest = factored ? (c.x_stride > c.y_stride ? c.x_stride : c.y_stride) : 0;
-  using A = Arena;
-  arena.reset(A::bytes_of<T>(x_sums) + A::bytes_of<T>(y_sums) + A::bytes_of<T>(longest) +
-              A::bytes_of<double>(t.tiles() * kFeatures) + A::bytes_of<T>(kFeatures * h) + A::bytes_of<T>(h) +
-              A::bytes_of<T>(2 * h) + (kFactored + h) * A::bytes_of<T>(axes) + 2 * 64 * (kFactored + h));
   c.w0 = arena.take<T>(kFeatures * h);
   c.b0 = arena.take<T>(h);
   c.w_out = arena.take<T>(2 * h);
   c.sums = arena.take<double>(t.tiles() * kFeatures);
-  if (!factored) return;
-  c.x_sums = arena.take<T>(x_sums);
-  c.y_sums = arena.take<T>(y_sums);
-  c.scratch = arena.take<T>(longest);
+  if (!l.factored) return;
+  c.x_sums = arena.take<T>(t.run_tiles * c.x_size);
+  c.y_sums = arena.take<T>((l.batch0 + t.row_tiles) * l.batch1 * t.run);
+  c.scratch = arena.take<T>(c.x_stride > c.y_stride ? c.x_stride : c.y_stride);
   c.x_factor = arena.take<T>(kFactored * c.x_stride);
   c.y_factor = arena.take<T>(kFactored * c.y_stride);
   c.x_bias = arena.take<T>(h * c.x_stride);
   c.y_bias = arena.take<T>(h * c.y_stride);
+}
+
+template <typename T>
+size_t scratch_bytes_of(const Spec& spec, const Tensor& tensor) {
+  TensorStep<T> c = describe<T>(spec, tensor, 1.0);
+  return Arena::bytes([&](Arena& counter) { take_scratch(c, counter); });
+}
+
+size_t scratch_bytes(const Spec& spec, const Tensor& tensor) {
+  return tensor.dtype == Dtype::float32 ? scratch_bytes_of<float>(spec, tensor)
+                                        : scratch_bytes_of<double>(spec, tensor);
 }
 
 // Bias of the first layer with the time columns: what of the network does not depend on statistics.
@@ -333,6 +303,7 @@ void step_tensor(const Spec& spec, const Tensor& tensor, double clip, const Pool
                  const Clock& clock) {
   const KernelTable<T>& k = table<T>();
   TensorStep<T> c = describe<T>(spec, tensor, clip);
+  arena.clear();
   take_scratch(c, arena);
   fold_time(c, spec);
   const bool factored = tensor.loops.factored;
@@ -431,6 +402,12 @@ std::vector<double> clip_factors(const Spec& spec, const Tensor* tensors, int64_
   throw std::invalid_argument("tensor " + std::to_string(index) + ": " + why);
 }
 
+// Whether elements may be stored so where arithmetic is in type `arithmetic`.
+bool storable(Dtype stored, Dtype arithmetic) {
+  const bool half = stored == Dtype::bfloat16 || stored == Dtype::float16;
+  return stored == arithmetic || (half && arithmetic == Dtype::float32);
+}
+
 void check(const Spec& spec, const Tensor* tensors, int64_t count, int32_t clip_groups) {
   if (spec.hidden_size < 2 || spec.hidden_size > 256)
     throw std::invalid_argument("hidden_size " + std::to_string(spec.hidden_size) + " is not in 2..256");
@@ -444,6 +421,9 @@ void check(const Spec& spec, const Tensor* tensors, int64_t count, int32_t clip_
       refuse(i, "not factored, but more than one axis");
     if (t.dtype != Dtype::float32 && t.dtype != Dtype::float64)
       refuse(i, "dtype is neither float32 nor float64");
+    if (!storable(t.param.dtype, t.dtype) || !storable(t.grad.dtype, t.dtype) ||
+        !storable(t.output.dtype, t.dtype))
+      refuse(i, "storage is neither of the dtype nor, with float32, bfloat16 or float16");
     if (t.clip_group >= clip_groups) refuse(i, "clip group out of range");
     if (!t.scalars || !t.theta) refuse(i, "no scalars or no meta-parameters");
     if (elements(t) == 0) continue;
@@ -464,7 +444,7 @@ void check(const Spec& spec, const Tensor* tensors, int64_t count, int32_t clip_
 
 int64_t theta_size(const Spec& spec) { return ThetaLayout(spec).size; }
 
-const char* instruction_set() { return kernel_names()[chosen].c_str(); }
+const char* instruction_set() { return kernel_names()[in_use()].c_str(); }
 
 const char* const* available_instruction_sets() {
   static const std::vector<const char*> names = [] {
@@ -480,7 +460,7 @@ void set_instruction_set(const char* name) {
   std::string known;
   for (size_t i = 0; i < kernel_names().size(); ++i) {
     if (kernel_names()[i] == name) {
-      chosen = i;
+      chosen.store(i, std::memory_order_relaxed);
       return;
     }
     known += (known.empty() ? "" : ", ") + kernel_names()[i];
@@ -500,9 +480,13 @@ void small_fc_step(const Spec& spec, const Tensor* tensors, int64_t count, const
     int64_t begin, end;
   };
   std::vector<int64_t> small, large;
+  size_t small_bytes = 0, large_bytes = 0;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t n = elements(tensors[i]);
-    if (n > 0) (n < kLargeTensor ? small : large).push_back(i);
+    if (n == 0) continue;
+    (n < kLargeTensor ? small : large).push_back(i);
+    size_t& bytes = n < kLargeTensor ? small_bytes : large_bytes;
+    bytes = std::max(bytes, scratch_bytes(spec, tensors[i]));
   }
   std::vector<Batch> batches;
   for (int64_t i = 0, work = 0; i < int64_t(small.size()); ++i) {
@@ -518,6 +502,7 @@ void small_fc_step(const Spec& spec, const Tensor* tensors, int64_t count, const
     const std::vector<int64_t>* small;
     const std::vector<Batch>* batches;
     const std::vector<double>* clip;
+    Arenas* arenas;
     Pool serial;
     Clock clock;
 
@@ -528,21 +513,25 @@ void small_fc_step(const Spec& spec, const Tensor* tensors, int64_t count, const
     }
   };
   std::mutex mutex;
-  const Clock shared = {times, 1.0 / double(pool.threads(pool.context)), &mutex},
-              whole = {times, 1.0, &mutex};
-  Work work = {&spec, tensors, &small, &batches, &clip, serial_pool(), shared};
+  const int64_t threads = pool.threads(pool.context);
+  const Clock shared = {times, 1.0 / double(threads), &mutex}, whole = {times, 1.0, &mutex};
+  // All memory is had before the first tensor is written.
+  Arenas arenas(std::min(threads, int64_t(batches.size())), small_bytes);
+  Arena arena;
+  arena.reserve(large_bytes);
+  Work work = {&spec, tensors, &small, &batches, &clip, &arenas, serial_pool(), shared};
   if (!batches.empty())
     pool.run(
         pool.context, int64_t(batches.size()),
         [](void* w, int64_t b) {
           const Work& work = *static_cast<Work*>(w);
           const Batch& batch = (*work.batches)[size_t(b)];
-          Arena arena;
-          for (int64_t i = batch.begin; i < batch.end; ++i)
-            work.step((*work.small)[size_t(i)], work.serial, arena, work.clock);
+          work.arenas->lend([&](Arena& arena) {
+            for (int64_t i = batch.begin; i < batch.end; ++i)
+              work.step((*work.small)[size_t(i)], work.serial, arena, work.clock);
+          });
         },
         &work);
-  Arena arena;
   for (int64_t i : large) work.step(i, pool, arena, whole);
 }
 

@@ -5,8 +5,7 @@
 
 namespace lopt {
 
-// Type of parameters, gradients, state and meta-parameters. Arithmetic is in the same type.
-enum class Dtype : int32_t { float32 = 0, float64 = 1 };
+enum class Dtype : int32_t { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
 
 // Mirrors lopt_fast.spec.Spec for the default feature set (39 columns, decays 3 / 1 / 3).
 struct Spec {
@@ -35,10 +34,12 @@ struct StepScalars {
 };
 
 // A parameter, gradient or output. `strides` has one entry (in elements) for each axis of Tensor::sizes; null
-// where the elements lie contiguous in loop order.
+// where the elements lie contiguous in loop order. `dtype`: that of the tensor, or with float32 arithmetic
+// bfloat16 or float16 as well, which results are rounded to (to nearest even). Each view has its own.
 struct View {
   void* data;
   const int64_t* strides;
+  Dtype dtype;
 };
 
 // One tensor of a step. State is contiguous in loop order, the decays outermost:
@@ -46,7 +47,7 @@ struct View {
 //   row (3, n / d0 size) and column (3, n / d1 size); where not factored, row is (3, n) and column is unused,
 //   mean_squares (28): lagged statistics alone, else null.
 struct Tensor {
-  Dtype dtype;
+  Dtype dtype;  // of arithmetic, state and meta-parameters: float32 or float64
   Loops loops;
   int32_t ndim;          // axes in memory order, outermost first; needed where a View has strides
   const int64_t* sizes;  // (ndim)
@@ -65,7 +66,9 @@ struct Tensor {
   int64_t momentum_stride;  // elements from one momentum to the next; 0: n
 };
 
-// Runs fn(context, i) for every i in [0, tasks), in any order, on any threads, and returns when all are done.
+// Runs fn(argument, i) for every i in [0, tasks), in any order, on any threads, `threads` of them at most,
+// and returns when all are done. If one throws, the caller gets the first exception, once no other is
+// running.
 struct Pool {
   void* context;
   int32_t (*threads)(void* context);
@@ -88,7 +91,7 @@ struct PassTimes {
 // One step over all tensors: bitwise the same for any pool. `max_norms` (clip_groups): gradients of the
 // tensors of group i are scaled by min(1, max_norms[i] / (norm + 1e-6)), norm over all of them together,
 // after grad_scale. `times`: where the times of the passes are added; null: not taken. Throws
-// std::invalid_argument before anything is written if a value is out of range.
+// std::invalid_argument if a value is out of range and std::bad_alloc, both before anything is written.
 void small_fc_step(const Spec& spec, const Tensor* tensors, int64_t count, const double* max_norms,
                    int32_t clip_groups, const Pool& pool, PassTimes* times = nullptr);
 

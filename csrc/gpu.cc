@@ -88,6 +88,12 @@ int64_t power_above(int64_t n) {
 }
 
 // Cuts a tensor into tiles, by its shape alone: sums never depend on the device.
+//
+// Why 4,096 elements up to 4 M of them (estimates for an H200, 264 blocks with 18 GB/s each; nothing is
+// measured): an item takes about 2 us beside its bytes; those of a tile take 5.4 us in pass 2 and
+// 10 us in pass 3. Tiles twice as large would save 1 us for each of these, and pass 2 of a tensor, which pass
+// 3 waits for, would end 5 us later, with nothing but pass 1 of the next to fill that. Pass 1 alone reads so
+// little (16 KB, 0.9 us) that its items take several tiles: kFactorTiles.
 void cut(TensorRecord& r) {
   const Matrix m = matrix_of(r);
   const int64_t n = m.rows * m.columns;
@@ -235,18 +241,26 @@ struct Chunk {
   int32_t begin, end;
 };
 
-void add_span(GpuLaunch& launch, int32_t tensor, int32_t phase) {
+// Whether there is room for it.
+bool add_span(GpuLaunch& launch, int32_t tensor, int32_t phase) {
   const int32_t items = items_of(launch.records[tensor], phase, launch.step.lagged);
-  if (!items) return;
+  if (!items) return true;
+  if (items == 1 && launch.spans > 0) {
+    uint16_t& last = launch.span_what[launch.spans - 1];
+    uint32_t& end = launch.span_first[launch.spans];
+    const int32_t what = last % kOneEach, length = int32_t(end - launch.span_first[launch.spans - 1]);
+    const bool one_each = length == 1 || last & kOneEach;
+    if (one_each && what % kPhases == phase && what / kPhases + length == tensor) {
+      last |= kOneEach;
+      end += 1;
+      return true;
+    }
+  }
+  if (launch.spans == kTableSpans) return false;
   launch.span_what[launch.spans] = uint16_t(tensor * kPhases + phase);
   launch.span_first[launch.spans + 1] = launch.span_first[launch.spans] + uint32_t(items);
   launch.spans += 1;
-}
-
-int32_t spans_of(const TensorRecord& r, bool lagged) {
-  int32_t spans = 0;
-  for (int32_t phase = kFactorSums; phase < kPhases; ++phase) spans += items_of(r, phase, lagged) > 0;
-  return spans;
+  return true;
 }
 
 int64_t item_count(const TensorRecord& r, bool lagged) {
@@ -256,27 +270,29 @@ int64_t item_count(const TensorRecord& r, bool lagged) {
 }
 
 // The order of a single launch. Each stage takes one more chunk of tensors into pass 1 and works on those of
-// the stages before: what an item waits for lies a whole pass of another chunk back. Between passes 2 and 3
-// of a chunk there is only pass 1 (4 of 28 bytes read).
-void pipeline(GpuLaunch& launch, const std::vector<Chunk>& chunks) {
+// the stages before: what an item waits for lies back as far as possible. Whether there is room for it.
+bool pipeline(GpuLaunch& launch, const std::vector<Chunk>& chunks) {
   struct Slot {
     int32_t phase, delay;
   };
-  static constexpr Slot kExact[] = {{kFactorSums, 0}, {kFold, 1}, {kNetwork, 2},
-                                    {kApply, 2},      {kAxes, 0}, {kFeatureSums, 1}};
-  // Nothing but the first step has passes 1 and 2.
-  static constexpr Slot kLagged[] = {{kFactorSums, 0}, {kAxes, 0},  {kFold, 1},  {kFeatureSums, 1},
-                                     {kNetwork, 1},    {kApply, 2}, {kFinish, 3}};
+  // Between passes 2 and 3 of a chunk there is only pass 1 (4 of 28 bytes read), so that pass 3 finds in the
+  // cache what pass 2 has read. One block waits for the end of pass 2 and computes the network meanwhile.
+  static constexpr Slot kExact[] = {{kFold, 1},  {kNetwork, 2}, {kFactorSums, 0},
+                                    {kApply, 2}, {kAxes, 0},    {kFeatureSums, 1}};
+  // Nothing but the first step has passes 1 and 2: pass 3 of other chunks lies between any two phases.
+  static constexpr Slot kLagged[] = {{kFactorSums, 0}, {kAxes, 1},  {kFold, 2},  {kFeatureSums, 3},
+                                     {kNetwork, 4},    {kApply, 5}, {kFinish, 6}};
   const Slot* slots = launch.step.lagged ? kLagged : kExact;
   const int count = launch.step.lagged ? int(std::size(kLagged)) : int(std::size(kExact));
-  const int32_t stages = int32_t(chunks.size()) + 3;
+  const int32_t stages = int32_t(chunks.size()) + 6;
   for (int32_t stage = 0; stage < stages; ++stage)
     for (int i = 0; i < count; ++i) {
       const int32_t c = stage - slots[i].delay;
       if (c < 0 || c >= int32_t(chunks.size())) continue;
       for (int32_t t = chunks[size_t(c)].begin; t < chunks[size_t(c)].end; ++t)
-        add_span(launch, t, slots[i].phase);
+        if (!add_span(launch, t, slots[i].phase)) return false;
     }
+  return true;
 }
 
 std::vector<Chunk> chunks_of(const GpuLaunch& launch, int64_t l2_bytes) {
@@ -321,7 +337,7 @@ void gpu_step(const GpuStep& step, const GpuDevice& device, int32_t ordinal, voi
   if (const char* error = device.properties(ordinal, &properties))
     throw std::runtime_error(std::string(device.name) + ": " + error);
   const MlpVariant variant = variant_of(step, properties);
-  const Work work = prepare(step, width_of(step.spec, variant != MlpVariant::elementwise));
+  Work work = prepare(step, width_of(step.spec, variant != MlpVariant::elementwise));
   char* const base = static_cast<char*>(scratch);
   // Some phases alone come after a whole step: what they need is done.
   const char* const cleared =
@@ -352,25 +368,10 @@ void gpu_step(const GpuStep& step, const GpuDevice& device, int32_t ordinal, voi
   int32_t* ticket = done + int64_t(kPhases) * int64_t(work.records.size());
   const int32_t count = int32_t(work.records.size());
 
-  // Tables: as many tensors as fit one launch.
-  std::vector<Chunk> tables;
-  int64_t spans = 0, items = 0;
-  for (int32_t i = 0; i < count; ++i) {
-    const TensorRecord& r = work.records[size_t(i)];
-    const int64_t own_spans = spans_of(r, spec.lagged), own_items = item_count(r, spec.lagged);
-    if (tables.empty() || i - tables.back().begin == kTableTensors || spans + own_spans > kTableSpans ||
-        items + own_items > kMost) {
-      tables.push_back({i, i});
-      spans = items = 0;
-    }
-    tables.back().end = i + 1;
-    spans += own_spans;
-    items += own_items;
-  }
-  const auto open = [&](const Chunk& table) {
-    launch.tensors = table.end - table.begin;
-    std::copy(work.records.begin() + table.begin, work.records.begin() + table.end, launch.records);
-    launch.step.done = done + int64_t(kPhases) * table.begin;
+  const auto open = [&](int32_t begin, int32_t end) {
+    launch.tensors = end - begin;
+    std::copy(work.records.begin() + begin, work.records.begin() + end, launch.records);
+    launch.step.done = done + int64_t(kPhases) * begin;
     launch.spans = 0;
     launch.span_first[0] = 0;
   };
@@ -384,8 +385,8 @@ void gpu_step(const GpuStep& step, const GpuDevice& device, int32_t ordinal, voi
   if (!work.groups.empty() && work.groups.back() > 0) {
     launch.kind = LaunchKind::items;
     launch.step.wait = false;
-    for (const Chunk& table : tables) {
-      open(table);
+    for (int32_t begin = 0; begin < count; begin += kTableTensors) {
+      open(begin, std::min(count, begin + kTableTensors));
       for (int32_t t = 0; t < launch.tensors; ++t) add_span(launch, t, kClipSums);
       run_items(0, launch.span_first[launch.spans]);
     }
@@ -405,33 +406,42 @@ void gpu_step(const GpuStep& step, const GpuDevice& device, int32_t ordinal, voi
     }
   }
 
-  const bool single = step.schedule != GpuSchedule::phased;
+  // Tables: as many tensors as fit one launch. First come those of one tile: between large ones they would be
+  // stages of their own, too short to hide what the next ones wait for.
+  const auto small = [](const TensorRecord& r) { return r.row_tiles * r.column_tiles <= 1; };
+  const auto fits = [&](int32_t begin, int32_t end) {
+    int64_t items = 0;
+    for (int32_t i = begin; i < end; ++i) items += item_count(work.records[size_t(i)], spec.lagged);
+    std::stable_partition(work.records.begin() + begin, work.records.begin() + end, small);
+    open(begin, end);
+    return items <= kMost && pipeline(launch, chunks_of(launch, properties.l2_bytes));
+  };
   launch.kind = LaunchKind::items;
-  for (const Chunk& table : tables) {
-    open(table);
+  launch.step.wait = step.schedule != GpuSchedule::phased;
+  for (int32_t begin = 0, end; begin < count; begin = end) {
+    end = std::min(count, begin + kTableTensors);
+    while (!fits(begin, end) && end - begin > 1) end -= (end - begin + 7) / 8;
     launch.step.ticket = ticket++;
-    launch.step.wait = single;
-    if (single) {
-      pipeline(launch, chunks_of(launch, properties.l2_bytes));
+    if (launch.step.wait) {
       run_items(0, launch.span_first[launch.spans]);
       continue;
     }
+    open(begin, end);
     for (int32_t phase = kFactorSums; phase < kPhases; ++phase) {
       if (step.phases && !(step.phases >> phase & 1)) continue;
-      const int32_t begin = launch.spans;
+      const int32_t first = launch.spans;
       for (int32_t t = 0; t < launch.tensors; ++t) add_span(launch, t, phase);
-      run_items(launch.span_first[begin], launch.span_first[launch.spans]);
+      run_items(launch.span_first[first], launch.span_first[launch.spans]);
     }
   }
 
   if (step.phases) return;  // not a step
   // Step counters go last: tensors may share the number that they read.
   launch.kind = LaunchKind::count;
-  for (const Chunk& table : tables) {
+  for (int32_t begin = 0; begin < count; begin += kTableTensors) {
+    open(begin, std::min(count, begin + kTableTensors));
     const auto counts = [](const TensorRecord& r) { return r.step != nullptr; };
-    if (std::none_of(work.records.begin() + table.begin, work.records.begin() + table.end, counts)) continue;
-    open(table);
-    run(device, launch, stream);
+    if (std::any_of(launch.records, launch.records + launch.tensors, counts)) run(device, launch, stream);
   }
 }
 

@@ -84,7 +84,7 @@ struct OperationLaunch;  // kernels/common/gpu_operations.h
 
 // What a module that can launch the kernels offers. Functions return null, or what went wrong (a static
 // string).
-constexpr int32_t kGpuAbi = 2;
+constexpr int32_t kGpuAbi = 3;
 struct GpuDevice {
   int32_t abi;  // kGpuAbi
   const char* name;

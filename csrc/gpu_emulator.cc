@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include "csrc/emulated_block.h"
 #include "csrc/gpu_operations.h"
 #include "kernels/small_fc_lopt/gpu_matmul.h"
 
@@ -24,12 +25,8 @@ const char* clear(void* memory, size_t bytes, void*) {
   return nullptr;
 }
 
-struct Item {
-  int32_t tensor, phase, index;
-};
-
 // Whether all items that an item needs are done.
-bool ready(const GpuLaunch& launch, const Item& item) {
+bool ready(const GpuLaunch& launch, const WorkItem& item) {
   const TensorRecord& r = launch.records[item.tensor];
   for (int32_t phase = kFactorSums; phase < item.phase; ++phase)
     if (launch.step.done[item.tensor * kPhases + phase] < items_of(r, phase, launch.step.lagged))
@@ -47,50 +44,59 @@ std::unique_ptr<S> shared_memory() {
 
 // Pass 3 on tensor cores.
 template <int H, bool Bfloat16>
-void apply_matmul(const GpuLaunch& launch, const Item& item) {
-  HostBlock block;
-  const auto shared = shared_memory<MatmulShared<H, Bfloat16>>();
-  open_item(block, shared->base, launch, item.tensor, item.phase);
-  MatmulPasses<HostBlock, H, Bfloat16>(block, *shared).apply_matmul(item.index);
+void run_matmul(HostBlock& block, MatmulShared<H, Bfloat16>& shared, const GpuLaunch& launch,
+                const WorkItem& item) {
+  open_item(block, shared.base, launch, item);
+  if (gathers(shared.base, item.phase))
+    Passes<HostBlock, H>(block, shared.base).run_item(GatherPart(), item.index);
+  MatmulPasses<HostBlock, H, Bfloat16>(block, shared).apply_matmul(item.index);
+}
+
+// Everything else.
+template <int H>
+void run_passes(HostBlock& block, Shared<H>& shared, const GpuLaunch& launch, const WorkItem& item) {
+  open_item(block, shared, launch, item);
+  const auto run = [&](auto part) {
+    Passes<HostBlock, H, decltype(part)::lagged>(block, shared).run_item(part, item.index);
+  };
+  if (gathers(shared, item.phase)) run(GatherPart());
+  if (item.phase != kApply)
+    call_part(item.phase, shared.record, run);
+  else
+    launch.step.lagged ? call_apply<H, true>(shared.record, run) : call_apply<H, false>(shared.record, run);
 }
 
 template <int H>
-const char* run_item(const GpuLaunch& launch, const Item& item) {
+const char* run_item(const GpuLaunch& launch, const WorkItem& item) {
   if (!ready(launch, item)) return "an item came before one that it needs";
-  HostBlock block;
-  const auto shared = shared_memory<Shared<H>>();
-  open_item(block, *shared, launch, item.tensor, item.phase);
-  const auto run = [&](auto part) {
-    Passes<HostBlock, H, decltype(part)::lagged>(block, *shared).run(part, item.index);
+  const auto run = [&](auto shared, auto passes) {
+    return run_threads(settings.thread_seed, [&](HostBlock& block) { passes(block, *shared, launch, item); });
   };
-  if (gathers(*shared, item.phase)) run(GatherPart());
-  if (item.phase != kApply) {
-    call_part(item.phase, shared->record, run);
-  } else if (launch.variant == MlpVariant::elementwise) {
-    launch.step.lagged ? call_apply<H, true>(shared->record, run) : call_apply<H, false>(shared->record, run);
+  const char* error = nullptr;
+  if (item.phase != kApply || launch.variant == MlpVariant::elementwise) {
+    error = run(shared_memory<Shared<H>>(), run_passes<H>);
   } else {
     if constexpr (H < kMatmulLeast)
-      return "no kernel of this variant of the network for this width";
+      error = "no kernel of this variant of the network for this width";
     else if (launch.variant == MlpVariant::matmul)
-      apply_matmul<H, false>(launch, item);
+      error = run(shared_memory<MatmulShared<H, false>>(), run_matmul<H, false>);
     else
-      apply_matmul<H, true>(launch, item);
+      error = run(shared_memory<MatmulShared<H, true>>(), run_matmul<H, true>);
   }
   launch.step.done[item.tensor * kPhases + item.phase] += 1;
-  return nullptr;
+  return error;
 }
 
 template <int H>
 const char* run_items(const GpuLaunch& launch) {
-  std::vector<Item> items;
+  std::vector<WorkItem> items;
   int32_t span = 0;
   for (int32_t i = launch.first_item; i < launch.last_item; ++i) {
     while (int32_t(launch.span_first[span + 1]) <= i) ++span;
-    const int32_t what = launch.span_what[span];
-    items.push_back({what / kPhases, what % kPhases, i - int32_t(launch.span_first[span])});
+    items.push_back(item_in_span(launch, span, i));
   }
   if (!settings.seed) {
-    for (const Item& item : items)
+    for (const WorkItem& item : items)
       if (const char* error = run_item<H>(launch, item)) return error;
     return nullptr;
   }
@@ -101,7 +107,7 @@ const char* run_items(const GpuLaunch& launch) {
     state = state * 6364136223846793005u + 1442695040888963407u;
     return size_t((state >> 33) % n);
   };
-  std::vector<Item> held;
+  std::vector<WorkItem> held;
   size_t next = 0;
   while (next < items.size() || !held.empty()) {
     while (next < items.size() && held.size() < size_t(settings.multiprocessors))
@@ -120,13 +126,14 @@ const char* run_items(const GpuLaunch& launch) {
 template <int H>
 const char* run(const GpuLaunch& launch) {
   if (launch.kind == LaunchKind::items) return run_items<H>(launch);
-  HostBlock block;
-  const std::unique_ptr<Shared<H>> shared(new Shared<H>);
+  const auto shared = shared_memory<Shared<H>>();
   for (int32_t i = 0; i < launch.tensors; ++i) {
-    if (launch.kind == LaunchKind::clip_total)
-      clip_total(block, *shared, launch, i);
-    else
+    if (launch.kind == LaunchKind::count) {
       count_step(launch, i);
+      continue;
+    }
+    const auto kernel = [&](HostBlock& block) { clip_total(block, *shared, launch, i); };
+    if (const char* error = run_threads(settings.thread_seed, kernel)) return error;
   }
   return nullptr;
 }
@@ -164,7 +171,7 @@ const char* current(int32_t* ordinal) {
 
 const char* launch_operation(const OperationLaunch& launch, void*) {
   settings.launches += 1;
-  return emulate_operation(launch);
+  return emulate_operation(launch, settings.thread_seed);
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/adam/gpu.h"
 #include "kernels/element_mlp/gpu.h"
 #include "kernels/statistics/gpu.h"
 
@@ -63,7 +64,12 @@ GpuMlp mlp_of(const GpuOperation& call) {
   mlp.rms_epsilon = float(spec.rms_epsilon);
   mlp.diagonal_momentum_epsilon = float(spec.diagonal_momentum_epsilon);
   mlp.normaliser_epsilon = float(spec.normaliser_epsilon);
-  std::copy_n(call.layers, spec.hidden_layers + 1, mlp.layer);
+  for (int32_t i = 0; i <= spec.hidden_layers; ++i) {
+    GpuMlpLayer layer = call.layers[i];
+    layer.w_model = layer.inputs * layer.outputs * (layer.w_stride ? call.count : 1);
+    layer.b_model = layer.outputs * (layer.b_stride ? call.count : 1);
+    mlp.layer[i] = layer;
+  }
   return mlp;
 }
 
@@ -77,7 +83,8 @@ void check(const GpuOperation& call) {
   const bool mlp = call.operation == Operation::element_mlp;
   for (int32_t n : call.averages)
     require(n >= 0 && n <= kMostAverages, "more averages than the kernels take");
-  require(call.count >= 0 && call.count < kMost, "too many tensors");
+  require(call.count >= 0 && call.models >= 0 && (call.count == 0 || call.models <= kMost / call.count),
+          "too many tensors");
   require(call.operation != Operation::adam || (call.averages[0] == 1 && call.averages[1] == 1),
           "adam has one momentum and one second moment");
   if (mlp) {
@@ -93,10 +100,10 @@ void check(const GpuOperation& call) {
               "layer " + std::to_string(i) + " has the wrong size");
     }
   }
-  for (int64_t i = 0; i < call.count; ++i) {
+  for (int64_t i = 0; i < call.models * call.count; ++i) {
     const GpuOperationTensor& t = call.tensors[i];
     const Loops& l = t.loops;
-    const std::string name = "tensor " + std::to_string(i) + ": ";
+    const std::string name = "tensor " + std::to_string(i % call.count) + ": ";
     require(l.batch0 >= 0 && l.x >= 0 && l.batch1 >= 0 && l.y >= 0 && l.batch2 >= 0, name + "negative size");
     require(l.factored || (l.batch0 == 1 && l.x == 1 && l.batch1 == 1 && l.batch2 == 1),
             name + "not factored, but more than one axis");
@@ -141,7 +148,7 @@ void cut(OperationRecord& r) {
 
 bool aligned(const void* p, size_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
-OperationRecord record_of(const GpuOperation& call, int32_t index) {
+OperationRecord record_of(const GpuOperation& call, int64_t index) {
   const GpuOperationTensor& t = call.tensors[index];
   const bool with_axes = call.operation == Operation::element_mlp && call.averages[2] > 0 && t.loops.factored;
   const int64_t n = elements(t.loops);
@@ -156,7 +163,7 @@ OperationRecord record_of(const GpuOperation& call, int32_t index) {
   r.y_stride = x_is_row ? t.column_stride : t.row_stride;
   r.n = n, r.x = l.x, r.run = l.y * l.batch2;
   r.groups = int32_t(l.batch0 * l.batch1), r.batch1 = int32_t(l.batch1), r.batch2 = int32_t(l.batch2);
-  r.tensor = index;
+  r.model = int32_t(index / call.count), r.tensor = int32_t(index % call.count);
   r.storage = uint8_t(t.storage);
   // The columns of a tensor are those of its rank, whether or not there are factored moments.
   r.factored = with_axes, r.x_is_row = x_is_row;
@@ -214,6 +221,7 @@ Work prepare(const GpuOperation& call, char* scratch) {
   work.call.numbers = call.numbers;
   work.call.found_inf = call.found_inf;
   work.call.results = call.results;
+  work.call.numbers_size = gpu_operation_numbers(call);
   work.call.tensors = int32_t(call.count);
   work.call.momenta = call.averages[0];
   work.call.second_moments = call.averages[1];
@@ -221,8 +229,9 @@ Work prepare(const GpuOperation& call, char* scratch) {
   work.call.output = call.output;
   work.call.moved = call.moved;
   if (call.operation == Operation::element_mlp) work.call.mlp = mlp_of(call);
-  work.records.reserve(size_t(call.count));
-  for (int32_t i = 0; i < int32_t(call.count); ++i) {
+  const int64_t records = call.models * call.count;
+  work.records.reserve(size_t(records));
+  for (int64_t i = 0; i < records; ++i) {
     work.records.push_back(record_of(call, i));
     work.scratch_bytes =
         place_scratch(work.records.back(), work.call, call.operation, scratch, work.scratch_bytes);
@@ -280,6 +289,13 @@ const char* gpu_mlp_refusal(const MlpSpec& spec, const std::array<int32_t, 3>& a
     for (size_t j = 0; j < i; ++j)
       if (spec.groups[i] == spec.groups[j]) return "it takes each group of columns once";
   return nullptr;
+}
+
+int64_t gpu_operation_numbers(const GpuOperation& call) {
+  const int64_t own = call.operation == Operation::adam ? int64_t(sizeof(GpuAdamScalars) / sizeof(float))
+                      : call.operation == Operation::element_mlp && call.multiplied ? 1
+                                                                                    : 0;
+  return call.averages[0] + call.averages[1] + call.averages[2] + 2 + (2 + own) * call.count;
 }
 
 int64_t gpu_operation_scratch_bytes(const GpuOperation& call) { return prepare(call, nullptr).scratch_bytes; }

@@ -28,22 +28,27 @@ enum class Operation : int32_t { element_mlp, adam, statistics };
 
 struct GpuOperation {
   Operation operation;
-  const GpuOperationTensor* tensors;
+  const GpuOperationTensor* tensors;  // (models, count)
   int64_t count;
+  int64_t models;                   // whose tensors are alike: one, or those of vmap in JAX
   std::array<int32_t, 3> averages;  // how many momenta, second moments and factored moments
   const float *numbers, *found_inf;
   float* results;
   Output output;  // element_mlp and adam
   bool moved;     // statistics
-  // element_mlp. layers: hidden_layers + 1.
+  // element_mlp. layers: hidden_layers + 1, those of all models behind each other.
   const MlpSpec* spec;
   const GpuMlpLayer* layers;
   bool multiplied;
 };
-// numbers, found_inf, results, multiplied: see OperationCall (kernels/common/gpu_operations.h).
+// numbers, found_inf, results, multiplied (of each model): see OperationCall
+// (kernels/common/gpu_operations.h).
 
 // Why there are no kernels for such networks, or null.
 const char* gpu_mlp_refusal(const MlpSpec& spec, const std::array<int32_t, 3>& averages);
+
+// How many `numbers` a model has.
+int64_t gpu_operation_numbers(const GpuOperation& call);
 
 // Bytes of device memory that a call needs while it runs: O(rows + columns), and sums for each tile. Aligned
 // to 256.
@@ -55,6 +60,7 @@ int64_t gpu_operation_scratch_bytes(const GpuOperation& call);
 void gpu_operation(const GpuOperation& call, const GpuDevice& device, void* scratch, void* stream);
 
 // Runs a launch on the processor: what the emulator's GpuDevice offers. null, or what went wrong.
-const char* emulate_operation(const OperationLaunch& launch);
+// thread_state: that of run_threads (csrc/emulated_block.h).
+const char* emulate_operation(const OperationLaunch& launch, uint64_t& thread_state);
 
 }  // namespace lopt

@@ -68,7 +68,7 @@ class OperationOnGpu {
                  const std::vector<LayerTuple>& layers, bool multiplied) {
     for (const TensorTuple& tuple : tensors) tensors_.push_back(tensor_of(tuple));
     for (const auto& [w, b, inputs, outputs, w_stride, b_stride] : layers)
-      layers_.push_back({pointer<float>(w), pointer<float>(b), inputs, outputs, w_stride, b_stride});
+      layers_.push_back({pointer<float>(w), pointer<float>(b), inputs, outputs, w_stride, b_stride, 0, 0});
     call_.operation = named<Operation>("operation", operation, kOperations);
     if (call_.operation == Operation::element_mlp) {
       if (!spec || layers_.size() != size_t(spec->hidden_layers) + 1)
@@ -76,6 +76,7 @@ class OperationOnGpu {
       spec_ = *spec;
     }
     call_.count = int64_t(tensors_.size());
+    call_.models = 1;
     call_.averages = averages;
     call_.numbers = pointer<float>(numbers);
     call_.found_inf = pointer<float>(found_inf);

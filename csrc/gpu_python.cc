@@ -146,7 +146,8 @@ void step_on(const py::capsule& device, const Spec& spec, const std::vector<GpuT
   gpu_step(step, *gpu, ordinal, pointer(scratch), pointer(stream));
 }
 
-py::dict set_emulator(int32_t multiprocessors, int64_t l2_bytes, int32_t compute_capability, uint64_t seed) {
+py::dict set_emulator(int32_t multiprocessors, int64_t l2_bytes, int32_t compute_capability, uint64_t seed,
+                      uint64_t thread_seed) {
   if (multiprocessors < 1) throw std::invalid_argument("multiprocessors must be positive");
   EmulatorSettings& settings = emulator_settings();
   py::dict old;
@@ -154,10 +155,12 @@ py::dict set_emulator(int32_t multiprocessors, int64_t l2_bytes, int32_t compute
   old["l2_bytes"] = settings.l2_bytes;
   old["compute_capability"] = settings.compute_capability;
   old["seed"] = settings.seed;
+  old["thread_seed"] = settings.thread_seed;
   settings.multiprocessors = multiprocessors;
   settings.l2_bytes = l2_bytes;
   settings.compute_capability = compute_capability;
   settings.seed = seed;
+  settings.thread_seed = thread_seed;
   return old;
 }
 
@@ -172,7 +175,8 @@ void bind_gpu(py::module_& m) {
            py::arg("weight_decay"), py::arg("t"), py::arg("step"), py::arg("clip_group"));
   m.def("gpu_emulator", [] { return py::capsule(&gpu_emulator(), kGpuDeviceCapsule); });
   m.def("set_emulator", &set_emulator, py::kw_only(), py::arg("multiprocessors") = 8,
-        py::arg("l2_bytes") = int64_t(1) << 20, py::arg("compute_capability") = 90, py::arg("seed") = 0);
+        py::arg("l2_bytes") = int64_t(1) << 20, py::arg("compute_capability") = 90, py::arg("seed") = 0,
+        py::arg("thread_seed") = 0);
   m.def("emulator_launches", [] { return emulator_settings().launches; });
   m.def("gpu_scratch_bytes", &scratch_bytes, py::arg("spec"), py::arg("tensors"), py::arg("clip_groups") = 0);
   m.def("gpu_step", &step_on, py::arg("device"), py::kw_only(), py::arg("spec"), py::arg("tensors"),

@@ -1,13 +1,17 @@
 // Pieces of the GPU kernels on the processor, for tests alone.
 #include "csrc/gpu_test_hooks.h"
 
+#include <pybind11/stl.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
+#include "csrc/emulated_block.h"
 #include "kernels/small_fc_lopt/mma.h"
 
 namespace py = pybind11;
@@ -75,12 +79,26 @@ void matmul_mlp_of(int hidden_size, bool bfloat16, bool factored, int layers, in
   }
 }
 
+// Every thread writes its number to shared memory and reads that of the next; `threads` of them wait at a
+// barrier between the two. As many as there are: right. None: a race.
+std::vector<int> next_numbers(uint64_t thread_seed, int threads) {
+  std::vector<int> shared(kThreads, -1), found(kThreads, -1);
+  const auto kernel = [&](HostBlock& block) {
+    block.each([&](int thread) { shared[size_t(thread)] = thread; });
+    if (threads == kThreads || (block.alone && block.alone->thread() < threads)) block.sync();
+    block.each([&](int thread) { found[size_t(thread)] = shared[size_t(thread + 1) % kThreads]; });
+  };
+  if (const char* error = run_threads(thread_seed, kernel)) throw std::runtime_error(error);
+  return found;
+}
+
 }  // namespace
 
 void bind_gpu_test_hooks(py::module_& m) {
   m.def("gpu_test_matmul", &matmul_mlp_of, py::kw_only(), py::arg("hidden_size"), py::arg("bfloat16"),
         py::arg("factored"), py::arg("layers"), py::arg("count"), py::arg("folded"), py::arg("features"),
         py::arg("start"), py::arg("out"));
+  m.def("gpu_test_next_numbers", &next_numbers, py::kw_only(), py::arg("thread_seed"), py::arg("threads"));
   m.attr("gpu_test_matmul_errors") = py::make_tuple(kMatmulError, kMatmulBfloat16Error);
 }
 

@@ -2,14 +2,14 @@
 // passes.
 #include "csrc/operations.h"
 
+#include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "csrc/arena.h"
 #include "kernels/adam/kernel.h"
 #include "kernels/common/constants.h"
 #include "kernels/element_mlp/kernel.h"
@@ -103,45 +103,6 @@ struct Pieces {
       for (int64_t i = tasks[size_t(task)]; i < tasks[size_t(task) + 1]; ++i) f(all[size_t(i)], i);
     });
   }
-};
-
-// ---- scratch memory ----
-
-// Hands out aligned pieces of one block; grows between tensors, never while one is in use.
-class Arena {
- public:
-  ~Arena() { std::free(block_); }
-  Arena() = default;
-  Arena(const Arena&) = delete;
-  Arena& operator=(const Arena&) = delete;
-
-  // `take` is called twice with an arena: to count the bytes, then to hand them out.
-  template <typename F>
-  void fill(const F& take) {
-    char* const block = block_;
-    used_ = 0, block_ = nullptr;
-    take(*this);
-    block_ = block;
-    if (used_ > size_) {
-      std::free(block_);
-      size_ = 0;
-      block_ = static_cast<char*>(std::aligned_alloc(64, used_));
-      if (!block_) throw std::bad_alloc();
-      size_ = used_;
-    }
-    used_ = 0;
-    take(*this);
-  }
-  template <typename U>
-  U* take(int64_t count) {
-    char* p = block_ ? block_ + used_ : nullptr;
-    used_ += (size_t(count) * sizeof(U) + 63) / 64 * 64;
-    return reinterpret_cast<U*>(p);
-  }
-
- private:
-  char* block_ = nullptr;
-  size_t size_ = 0, used_ = 0;
 };
 
 // ---- one tensor ----
@@ -243,6 +204,8 @@ RowTiles row_tiles_of(const Loops& l) {
   return t;
 }
 
+constexpr int32_t kMostGroups = int32_t(Group::fac_m) + 1;  // each once
+
 // The columns of one tensor, and passes 1 and 2 over them.
 template <typename T>
 class MlpColumns {
@@ -303,9 +266,17 @@ class MlpColumns {
     bool of_roots() const { return group == Group::rsqrt_fac_row || group == Group::rsqrt_fac_column; }
   };
 
+  // Without those that the tensor lacks. No vector: nothing is allocated once tensors are being written.
+  struct Groups {
+    GroupColumns all[kMostGroups];
+    int32_t count = 0;
+    const GroupColumns* begin() const { return all; }
+    const GroupColumns* end() const { return all + count; }
+  };
+
   const MlpTable<T>& kernels_;
   MlpStep<T> c_;
-  std::vector<GroupColumns> groups_;  // without those that the tensor lacks
+  Groups groups_;
   int64_t tiles_;
   double* sums_;
 
@@ -359,7 +330,7 @@ class MlpColumns {
         }
         first = row;
       }
-      groups_.push_back({g, column, size, first});
+      groups_.all[groups_.count++] = {g, column, size, first};
       column += size;
     }
   }
@@ -386,25 +357,12 @@ class MlpTensor : MlpColumns<T> {
   using Columns::c_, Columns::kernels_, Columns::groups_, Columns::tiles_, Columns::sums_, Columns::tile_end;
 
  public:
-  MlpTensor(const MlpCall& call, const OperationTensor& tensor, int64_t index, Arena& arena)
+  MlpTensor(const MlpCall& call, const OperationTensor& tensor, int64_t index)
       : Columns(call.spec, call.averages, call.rule, call.output, table_of<T>(*call.tables.mlp), tensor),
         call_(call),
-        index_(index) {
-    arena.fill([this](Arena& a) { take_scratch(a); });
-    copy_weights();
-    lr_ = call.output == Output::step ? 1.0 : tensor.lr;
-  }
+        index_(index),
+        lr_(call.output == Output::step ? 1.0 : tensor.lr) {}
 
-  void step(const Pool& pool) {
-    this->move_factored(pool);
-    if (c_.normalised_over == c_.operand.n)
-      whole(pool);
-    else
-      by_matrices(pool);
-    if (call_.spec.messages) write_messages();
-  }
-
- private:
   void take_scratch(Arena& arena) {
     const int64_t h = c_.hidden_size, layers = call_.spec.hidden_layers;
     Columns::take_scratch(arena);
@@ -416,11 +374,33 @@ class MlpTensor : MlpColumns<T> {
       net_.w[layer] = arena.take<T>(h * h);
       net_.b[layer] = arena.take<T>(h);
     }
+    if (!is_whole()) {
+      Network<T> net = {};
+      double* sums;
+      task_bytes_ = int64_t(Arena::bytes([&](Arena& counter) { take_task(counter, net, sums); }));
+      task_memory_ = arena.take<char>(matrix_tasks() * task_bytes_);
+    }
     if (!c_.factored() || !c_.factored_moments) return;
     c_.x_bias = arena.take<T>(h * c_.x_stride);
     c_.y_bias = arena.take<T>(h * c_.y_stride);
     for (T*& weights : axis_weights_) weights = arena.take<T>(c_.factored_moments * h);
   }
+
+  // After take_scratch.
+  void step(const Pool& pool) {
+    copy_weights();
+    this->move_factored(pool);
+    if (is_whole())
+      whole(pool);
+    else
+      by_matrices(pool);
+    if (call_.spec.messages) write_messages();
+  }
+
+ private:
+  bool is_whole() const { return c_.normalised_over == c_.operand.n; }
+  int64_t matrices_per_task() const { return divide_up(kTileElements, c_.normalised_over); }
+  int64_t matrix_tasks() const { return divide_up(c_.operand.n / c_.normalised_over, matrices_per_task()); }
 
   // What of a network depends on normalisers.
   void take_network(Arena& arena, Network<T>& net) const {
@@ -431,6 +411,12 @@ class MlpTensor : MlpColumns<T> {
     net.b[0] = arena.take<T>(h);
     net.w[layers] = arena.take<T>(2 * h);
     net.b[layers] = arena.take<T>(2);
+  }
+
+  // What a task of by_matrices has to itself: its network, and the sums of one matrix.
+  void take_task(Arena& arena, Network<T>& net, double*& sums) const {
+    take_network(arena, net);
+    sums = arena.take<double>(c_.at.count + 1);
   }
 
   const double* weights_of(int64_t layer) const {
@@ -536,16 +522,13 @@ class MlpTensor : MlpColumns<T> {
   void by_matrices(const Pool& pool) {
     const int64_t features = c_.at.count, n = c_.operand.n, h = c_.hidden_size, size = c_.normalised_over;
     const double parameter_square = mean_parameter_square(pool);
-    const int64_t matrices = n / size, per_task = divide_up(kTileElements, size);
-    hidden_tasks_ = divide_up(matrices, per_task);
+    const int64_t matrices = n / size, per_task = matrices_per_task();
+    hidden_tasks_ = matrix_tasks();
     run(pool, hidden_tasks_, [&](int64_t task) {
-      Arena arena;
+      Arena arena(task_memory_ + task * task_bytes_);
       Network<T> net = net_;
-      double* sums = nullptr;
-      arena.fill([&](Arena& a) {
-        take_network(a, net);
-        sums = a.take<double>(features + 1);
-      });
+      double* sums;
+      take_task(arena, net, sums);
       double* hidden = call_.spec.messages ? hidden_sums_ + task * h : nullptr;
       for (int64_t j = 0; hidden && j < h; ++j) hidden[j] = 0;
       const int64_t end = (task + 1) * per_task < matrices ? (task + 1) * per_task : matrices;
@@ -575,21 +558,31 @@ class MlpTensor : MlpColumns<T> {
   const int64_t index_;
   double lr_;
   Network<T> net_ = {};
-  int64_t hidden_tasks_;
+  int64_t hidden_tasks_, task_bytes_;
+  char* task_memory_;
   double *weights_, *parameter_sums_, *hidden_sums_;
   T* axis_weights_[4];  // of x, its roots, y, its roots
 };
 
+template <typename Tensor>
+size_t scratch_bytes(Tensor tensor) {
+  return Arena::bytes([&](Arena& counter) { tensor.take_scratch(counter); });
+}
+
 // Calls f(i, pool, arena) for each tensor that has elements: small ones go to one thread each, several to a
-// task; large ones are spread over all threads.
-template <typename F>
-void for_each_tensor(const OperationTensor* tensors, int64_t count, const Pool& pool, const F& f) {
+// task; large ones are spread over all threads. The arena is empty and has bytes(i), all of it allocated
+// before the first call.
+template <typename Bytes, typename F>
+void for_each_tensor(const OperationTensor* tensors, int64_t count, const Pool& pool, const Bytes& bytes,
+                     const F& f) {
   std::vector<int64_t> small, large, tasks;
+  size_t small_bytes = 0, large_bytes = 0;
   for (int64_t i = 0, work = kTileElements; i < count; ++i) {
     const int64_t n = elements(tensors[i]);
     if (n == 0) continue;
     if (n >= kLargeTensor) {
       large.push_back(i);
+      large_bytes = std::max(large_bytes, bytes(i));
       continue;
     }
     if (work >= kTileElements) {
@@ -597,17 +590,27 @@ void for_each_tensor(const OperationTensor* tensors, int64_t count, const Pool& 
       work = 0;
     }
     small.push_back(i);
+    small_bytes = std::max(small_bytes, bytes(i));
     work += n + kTensorCost;
   }
   tasks.push_back(int64_t(small.size()));
-  if (!small.empty())
-    run(pool, int64_t(tasks.size()) - 1, [&](int64_t task) {
-      Arena arena;
-      for (int64_t i = tasks[size_t(task)]; i < tasks[size_t(task) + 1]; ++i)
-        f(small[size_t(i)], serial_pool(), arena);
-    });
+  const int64_t small_tasks = int64_t(tasks.size()) - 1;
+  Arenas arenas(std::min(int64_t(pool.threads(pool.context)), small_tasks), small_bytes);
   Arena arena;
-  for (int64_t i : large) f(i, pool, arena);
+  arena.reserve(large_bytes);
+  if (small_tasks > 0)
+    run(pool, small_tasks, [&](int64_t task) {
+      arenas.lend([&](Arena& mine) {
+        for (int64_t i = tasks[size_t(task)]; i < tasks[size_t(task) + 1]; ++i) {
+          mine.clear();
+          f(small[size_t(i)], serial_pool(), mine);
+        }
+      });
+    });
+  for (int64_t i : large) {
+    arena.clear();
+    f(i, pool, arena);
+  }
 }
 
 // ---- statistics of a tensor ----
@@ -640,14 +643,20 @@ class ColumnStatistics : MlpColumns<T> {
 
  public:
   ColumnStatistics(const MlpSpec& spec, const Averages& averages, const GradientRule& rule,
-                   const OperationTensor& tensor, Arena& arena)
-      : Columns(spec, averages, rule, Output::step, table_of<T>(*tables().mlp), tensor) {
-    arena.fill([this](Arena& a) { take_scratch(a); });
-    if (c_.factored()) copy_accumulators();
+                   const OperationTensor& tensor)
+      : Columns(spec, averages, rule, Output::step, table_of<T>(*tables().mlp), tensor) {}
+
+  void take_scratch(Arena& arena) {
+    Columns::take_scratch(arena);
+    spreads_ = arena.take<Spread>(tiles_ * quantities(c_.operand));
+    if (!c_.factored()) return;
+    x_moved_ = arena.take<T>(c_.factored_moments * c_.x_stride);
+    y_moved_ = arena.take<T>(c_.factored_moments * c_.y_stride);
   }
 
-  // row: as of write_statistics, then the columns.
+  // row: as of write_statistics, then the columns. After take_scratch.
   void write(bool moved, const Pool& pool, double* row) {
+    if (c_.factored()) copy_accumulators();
     this->move_factored(pool);
     this->add_squares(pool, spreads_, moved);
     const Operand<T>& o = c_.operand;
@@ -660,14 +669,6 @@ class ColumnStatistics : MlpColumns<T> {
   }
 
  private:
-  void take_scratch(Arena& arena) {
-    Columns::take_scratch(arena);
-    spreads_ = arena.take<Spread>(tiles_ * quantities(c_.operand));
-    if (!c_.factored()) return;
-    x_moved_ = arena.take<T>(c_.factored_moments * c_.x_stride);
-    y_moved_ = arena.take<T>(c_.factored_moments * c_.y_stride);
-  }
-
   // Pass 1 moves the accumulators on: copies of them, as statistics write no state.
   void copy_accumulators() {
     for (int64_t k = 0; k < c_.factored_moments; ++k) {
@@ -779,12 +780,19 @@ void element_mlp(const MlpSpec& spec, const Averages& averages, const MlpLayer* 
     messages[i] = std::nan("");  // of tensors without elements
   const MlpCall call{spec, averages, layers,   multipliers, column_mean_square,
                      rule, output,   messages, tables()};
-  for_each_tensor(tensors, count, pool, [&](int64_t i, const Pool& mine, Arena& arena) {
-    if (tensors[i].dtype == Dtype::float32)
-      MlpTensor<float>(call, tensors[i], i, arena).step(mine);
-    else
-      MlpTensor<double>(call, tensors[i], i, arena).step(mine);
-  });
+  const auto with_tensor = [&](int64_t i, const auto& f) {
+    return tensors[i].dtype == Dtype::float32 ? f(MlpTensor<float>(call, tensors[i], i))
+                                              : f(MlpTensor<double>(call, tensors[i], i));
+  };
+  for_each_tensor(
+      tensors, count, pool,
+      [&](int64_t i) { return with_tensor(i, [](auto tensor) { return scratch_bytes(tensor); }); },
+      [&](int64_t i, const Pool& mine, Arena& arena) {
+        with_tensor(i, [&](auto tensor) {
+          tensor.take_scratch(arena);
+          tensor.step(mine);
+        });
+      });
 }
 
 // ---- adam ----
@@ -793,8 +801,8 @@ namespace {
 
 template <typename T>
 void adam_piece(const AdamTable<T>& kernels, const OperationTensor& tensor, const AdamScalars& s,
-                const GradientRule& rule, Output output, const Piece& piece, Spread* spreads) {
-  const Averages averages{{1.0 - s.beta1}, {1.0 - s.beta2}, {}};
+                const Averages& averages, const GradientRule& rule, Output output, const Piece& piece,
+                Spread* spreads) {
   const double lr = output == Output::step ? 1.0 : tensor.lr;
   const AdamNumbers<T> numbers = {T(lr * s.scale), T(s.momentum_factor), T(s.gradient_factor),
                                   T(s.v_factor),   T(s.epsilon),         T(s.root_epsilon),
@@ -820,16 +828,20 @@ void adam(const OperationTensor* tensors, int64_t count, const AdamScalars* scal
   check(tensors, count, {{0}, {0}, {}}, true);
   const AdamKernels& kernels = *tables().adam;
   const Pieces pieces(tensors, count);
+  std::vector<Averages> averages;
+  for (int64_t i = 0; i < count; ++i)
+    averages.push_back({{1.0 - scalars[i].beta1}, {1.0 - scalars[i].beta2}, {}});
   constexpr int64_t quantities = kFirstAverage + 2;
   std::vector<Spread> spreads(statistics ? pieces.all.size() * size_t(quantities) : 0);
   pieces.run(pool, [&](const Piece& piece, int64_t i) {
     const OperationTensor& t = tensors[piece.tensor];
     const AdamScalars& s = scalars[piece.tensor];
+    const Averages& a = averages[size_t(piece.tensor)];
     Spread* seen = statistics ? spreads.data() + i * quantities : nullptr;
     if (t.dtype == Dtype::float32)
-      adam_piece<float>(kernels.f32, t, s, rule, output, piece, seen);
+      adam_piece<float>(kernels.f32, t, s, a, rule, output, piece, seen);
     else
-      adam_piece<double>(kernels.f64, t, s, rule, output, piece, seen);
+      adam_piece<double>(kernels.f64, t, s, a, rule, output, piece, seen);
   });
   if (statistics) write_rows(pieces, spreads, tensors, count, 1, 1, statistics);
 }
@@ -849,14 +861,21 @@ void column_statistics(const MlpSpec& spec, const Averages& averages, bool moved
   check(tensors, count, averages, false);
   check_whole(tensors, count);
   const int64_t size = statistics_size(averages, &spec);
-  for_each_tensor(tensors, count, pool, [&](int64_t i, const Pool& mine, Arena& arena) {
-    double* row = out + i * size;
-    for (int64_t k = 0; k < size; ++k) row[k] = 0;  // columns that the tensor lacks
-    if (tensors[i].dtype == Dtype::float32)
-      ColumnStatistics<float>(spec, averages, rule, tensors[i], arena).write(moved, mine, row);
-    else
-      ColumnStatistics<double>(spec, averages, rule, tensors[i], arena).write(moved, mine, row);
-  });
+  const auto with_tensor = [&](int64_t i, const auto& f) {
+    return tensors[i].dtype == Dtype::float32 ? f(ColumnStatistics<float>(spec, averages, rule, tensors[i]))
+                                              : f(ColumnStatistics<double>(spec, averages, rule, tensors[i]));
+  };
+  for_each_tensor(
+      tensors, count, pool,
+      [&](int64_t i) { return with_tensor(i, [](auto tensor) { return scratch_bytes(tensor); }); },
+      [&](int64_t i, const Pool& mine, Arena& arena) {
+        double* row = out + i * size;
+        for (int64_t k = 0; k < size; ++k) row[k] = 0;  // columns that the tensor lacks
+        with_tensor(i, [&](auto tensor) {
+          tensor.take_scratch(arena);
+          tensor.write(moved, mine, row);
+        });
+      });
   for (int64_t i = 0; i < count; ++i)
     for (int64_t k = 0; elements(tensors[i]) == 0 && k < size; ++k) out[i * size + k] = std::nan("");
 }

@@ -23,6 +23,13 @@ std::vector<int64_t> in_order(const std::vector<int64_t>& order, const int64_t* 
   return result;
 }
 
+// Type in memory of a tensor that Python has let through to the CPU kernels.
+Dtype dtype_of(const DlTensor& tensor) {
+  if (tensor.type_code == kDlBfloat) return Dtype::bfloat16;
+  if (tensor.type_bits == 16) return Dtype::float16;
+  return tensor.type_bits == 32 ? Dtype::float32 : Dtype::float64;
+}
+
 char* address_of(const DlTensor& tensor) { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
 
 // `capsule` is torch.Tensor.__dlpack_c_exchange_api__.
@@ -33,13 +40,43 @@ const DlExchangeApi* exchange_of(const py::capsule& capsule) {
   while (exchange && exchange->major_version != kDlMajorVersion) exchange = exchange->previous;
   if (!exchange || !exchange->tensor_from_object)
     throw std::invalid_argument(
-        "this PyTorch does not offer DLPack exchange of major version 1: use 2.13 or later");
+        std::string("this PyTorch does not offer DLPack exchange of major version 1: use ") + kOldestPyTorch +
+        " or later");
   return exchange;
 }
 
 }  // namespace
 
-bool PlanBase::Entry::empty() const { return std::find(shape.begin(), shape.end(), 0) != shape.end(); }
+PlanBase::Layout::Layout(const DlTensor& t)
+    : device_type(t.device_type),
+      device_id(t.device_id),
+      type_code(t.type_code),
+      type_bits(t.type_bits),
+      shape(t.shape, t.shape + t.ndim),
+      strides(t.strides, t.strides + t.ndim) {}
+
+bool PlanBase::Layout::fits(const DlTensor& t) const {
+  return t.device_type == device_type && t.device_id == device_id && t.type_code == type_code &&
+         t.type_bits == type_bits && t.type_lanes == 1 && size_t(t.ndim) == shape.size() &&
+         std::equal(shape.begin(), shape.end(), t.shape) && (t.data || empty());
+}
+
+PlanBase::Place::Place(const DlTensor& t)
+    : address(address_of(t)),
+      ndim(t.ndim),
+      type_code(t.type_code),
+      type_bits(t.type_bits),
+      sizes(t.shape, t.shape + t.ndim) {
+  sizes.insert(sizes.end(), t.strides, t.strides + t.ndim);
+}
+
+bool PlanBase::Place::is(const DlTensor& t) const {
+  return address_of(t) == address && t.ndim == ndim && t.type_code == type_code && t.type_bits == type_bits &&
+         std::equal(t.shape, t.shape + ndim, sizes.data()) &&
+         std::equal(t.strides, t.strides + ndim, sizes.data() + ndim);
+}
+
+bool PlanBase::Layout::empty() const { return std::find(shape.begin(), shape.end(), 0) != shape.end(); }
 
 PlanBase::Snapshot::Snapshot(py::dict dict) : dict_(std::move(dict)) {
   PyObject *key, *value;
@@ -85,24 +122,22 @@ void PlanBase::add(py::object parameter, size_t group, const Record& record, std
   entry.role = Role::planned;
   entry.record = record;
   entry.state_type = state_type;
-  entry.device_type = tensor.device_type;
-  entry.device_id = tensor.device_id;
-  entry.type_code = tensor.type_code;
-  entry.type_bits = tensor.type_bits;
+  entry.layout = Layout(tensor);
   entry.order = std::move(order);
-  entry.shape.assign(tensor.shape, tensor.shape + tensor.ndim);
-  entry.strides.assign(tensor.strides, tensor.strides + tensor.ndim);
   entry.dense_strides.resize(entry.order.size());
   int64_t stride = 1;
   for (size_t i = entry.order.size(); i-- > 0;) {
     entry.dense_strides[entry.order[i]] = stride;
     stride *= std::max<int64_t>(record.sizes[i], 1);
   }
-  if (!same_strides(entry.shape, entry.strides.data(), entry.dense_strides.data()))
-    entry.memory_strides = in_order(entry.order, entry.strides.data());
+  if (!same_strides(entry.layout.shape, entry.layout.strides.data(), entry.dense_strides.data()))
+    entry.memory_strides = in_order(entry.order, entry.layout.strides.data());
   entry.grad_strides.resize(entry.order.size());
-  entry.momentum = state["momentum"];
   entry.state = Snapshot(std::move(state));
+  for (size_t i = 0; i < entry.state.size(); ++i) {
+    if (!read(entry.state.value(i), &tensor)) throw std::invalid_argument("planned state cannot be read");
+    entry.places.emplace_back(tensor);
+  }
   entry.memory = std::move(memory);
   entry.step = reinterpret_cast<int64_t*>(step);
   entries_.push_back(std::move(entry));
@@ -126,11 +161,15 @@ bool PlanBase::read(PyObject* object, DlTensor* tensor) const {
   return false;
 }
 
-bool PlanBase::fits(const Entry& entry, const DlTensor& tensor) const {
-  return tensor.device_type == entry.device_type && tensor.device_id == entry.device_id &&
-         tensor.type_code == entry.type_code && tensor.type_bits == entry.type_bits &&
-         tensor.type_lanes == 1 && size_t(tensor.ndim) == entry.shape.size() &&
-         std::equal(entry.shape.begin(), entry.shape.end(), tensor.shape) && (tensor.data || entry.empty());
+bool PlanBase::fits(const Entry& entry, const DlTensor& p, const DlTensor& g) const {
+  const Layout& layout = entry.layout;
+  if (!layout.fits(p) || !same_strides(layout.shape, p.strides, layout.strides.data()) || !layout.fits(g) ||
+      !entry.state.unchanged())
+    return false;
+  DlTensor held;
+  for (size_t i = 0; i < entry.places.size(); ++i)
+    if (!read(entry.state.value(i), &held) || !entry.places[i].is(held)) return false;
+  return true;
 }
 
 bool PlanBase::collect(const py::list& parameter_lists) {
@@ -157,10 +196,9 @@ bool PlanBase::collect(const py::list& parameter_lists) {
         py::reinterpret_steal<py::object>(PyObject_GetAttr(entry.parameter.ptr(), grad_name_.ptr()));
     if (!gradient) throw py::error_already_set();
     if (gradient.is_none()) continue;
-    DlTensor p, g, m;
+    DlTensor p, g;
     if (entry.role == Role::idle || !read(entry.parameter.ptr(), &p) || !read(gradient.ptr(), &g) ||
-        !fits(entry, p) || !fits(entry, g) || !same_strides(entry.shape, p.strides, entry.strides.data()) ||
-        !entry.state.unchanged() || !read(entry.momentum.ptr(), &m) || m.data != entry.record.momentum)
+        !fits(entry, p, g))
       return false;
     PyObject* arguments[] = {gradient.ptr()};
     const py::object negated =
@@ -174,9 +212,6 @@ bool PlanBase::collect(const py::list& parameter_lists) {
 }
 
 bool PlanBase::begin(const py::list& parameter_lists, const py::dict& state) {
-  if (running_.exchange(true))
-    throw std::runtime_error(
-        "another thread is in step() of this optimizer: give each thread its own optimizer");
   struct EndUnlessReady {
     PlanBase* plan;
     bool ready = false;
@@ -190,7 +225,6 @@ bool PlanBase::begin(const py::list& parameter_lists, const py::dict& state) {
 void PlanBase::end() {
   active_.clear();
   forget();
-  running_ = false;
 }
 
 py::list PlanBase::updated() const {
@@ -205,7 +239,6 @@ int PlanBase::traverse(visitproc visit, void* arg) const {
   Py_VISIT(is_negated_.ptr());
   for (const Entry& entry : entries_) {
     Py_VISIT(entry.parameter.ptr());
-    Py_VISIT(entry.momentum.ptr());
     Py_VISIT(entry.memory.ptr());
     if (const int stop = entry.state.traverse(visit, arg)) return stop;
   }
@@ -223,20 +256,21 @@ Plan::Plan(const Spec& spec, uintptr_t theta_float32, uintptr_t theta_float64, p
       theta_{reinterpret_cast<void*>(theta_float32), reinterpret_cast<void*>(theta_float64)} {}
 
 void Plan::take(Entry& entry, const DlTensor& p, const DlTensor& g, py::object gradient) {
-  if (entry.empty()) return;
+  if (entry.layout.empty()) return;
   const int64_t* grad_strides = nullptr;
-  if (!same_strides(entry.shape, g.strides, entry.dense_strides.data())) {
+  if (!same_strides(entry.layout.shape, g.strides, entry.dense_strides.data())) {
     for (size_t i = 0; i < entry.order.size(); ++i) entry.grad_strides[i] = g.strides[entry.order[i]];
     grad_strides = entry.grad_strides.data();
   }
   const Record& r = entry.record;
-  const View param{address_of(p), entry.memory_strides.empty() ? nullptr : entry.memory_strides.data()};
+  const View param{address_of(p), entry.memory_strides.empty() ? nullptr : entry.memory_strides.data(),
+                   dtype_of(p)};
   tensors_.push_back({r.dtype,
                       r.loops,
                       int32_t(r.sizes.size()),
                       r.sizes.data(),
                       param,
-                      {address_of(g), grad_strides},
+                      {address_of(g), grad_strides, dtype_of(g)},
                       param,
                       true,
                       r.momentum,
@@ -320,12 +354,13 @@ std::pair<py::object, void*> GpuPlan::dense(const Entry& entry, const py::object
 
 void GpuPlan::take(Entry& entry, const DlTensor& p, const DlTensor& g, py::object gradient) {
   void *param = address_of(p), *grad = address_of(g);
-  if (!entry.empty() && !entry.memory_strides.empty()) {
+  const bool empty = entry.layout.empty();
+  if (!empty && !entry.memory_strides.empty()) {
     py::object copy;
     std::tie(copy, param) = dense(entry, entry.parameter);
     copied_.emplace_back(entry.parameter, std::move(copy));
   }
-  if (!entry.empty() && !same_strides(entry.shape, g.strides, entry.dense_strides.data()))
+  if (!empty && !same_strides(entry.layout.shape, g.strides, entry.dense_strides.data()))
     std::tie(gradient, grad) = dense(entry, gradient);
   const Record& r = entry.record;
   GpuTensor tensor{};

@@ -3,7 +3,6 @@
 
 #include <pybind11/pybind11.h>
 
-#include <atomic>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -53,8 +52,8 @@ class PlanBase {
   void add_foreign(pybind11::object parameter, size_t group);
 
   // Collects all parameters that have a gradient. False if the plan does not fit what it met; then, and after
-  // an exception, there is nothing to end. Throws std::runtime_error if another thread is between begin() and
-  // end().
+  // an exception, there is nothing to end. One thread at a time may be between begin() and end(): the
+  // optimizer sees to that.
   bool begin(const pybind11::list& parameter_lists, const pybind11::dict& state);
   void end();
 
@@ -70,11 +69,34 @@ class PlanBase {
     explicit Snapshot(pybind11::dict dict);
     bool unchanged() const;
     PyObject* dict() const { return dict_.ptr(); }
+    size_t size() const { return items_.size() / 2; }
+    PyObject* value(size_t i) const { return items_[2 * i + 1].ptr(); }
     int traverse(visitproc visit, void* arg) const;
 
    private:
     pybind11::dict dict_;
     std::vector<pybind11::object> items_;  // key, value, key, value, ...
+  };
+  // How a tensor lies in memory.
+  struct Layout {
+    int32_t device_type = 0, device_id = 0;
+    uint8_t type_code = 0, type_bits = 0;
+    std::vector<int64_t> shape, strides;  // axes of the tensor
+
+    Layout() = default;
+    explicit Layout(const DlTensor& tensor);
+    bool fits(const DlTensor& tensor) const;  // all but strides
+    bool empty() const;
+  };
+  // Where a tensor of the state lies, and how: what was swapped through .data, or freed, is noticed.
+  struct Place {
+    void* address;
+    int32_t ndim;
+    uint8_t type_code, type_bits;
+    std::vector<int64_t> sizes;  // shape, then strides
+
+    explicit Place(const DlTensor& tensor);
+    bool is(const DlTensor& tensor) const;
   };
   enum class Role { planned, idle, foreign };
   struct Entry {
@@ -83,18 +105,15 @@ class PlanBase {
     Role role = Role::idle;
     Record record{};
     Storage state_type = Storage::float32;
-    int32_t device_type = 0, device_id = 0;
-    uint8_t type_code = 0, type_bits = 0;
-    std::vector<int64_t> order, shape, strides;  // axes of the tensor
-    std::vector<int64_t> memory_strides;         // of the parameter, in memory order; empty: dense
-    std::vector<int64_t> dense_strides;          // axes of the tensor
-    std::vector<int64_t> grad_strides;           // of this step's gradient, in memory order
+    Layout layout;                        // of the parameter
+    std::vector<int64_t> order;           // axes of the tensor
+    std::vector<int64_t> memory_strides;  // of the parameter, in memory order; empty: dense
+    std::vector<int64_t> dense_strides;   // axes of the tensor
+    std::vector<int64_t> grad_strides;    // of this step's gradient, in memory order
     Snapshot state;
-    pybind11::object
-        momentum;  // its address is read at each step: state that was swapped through .data is noticed
+    std::vector<Place> places;  // of the tensors in `state`, in its order
     pybind11::object memory;
     int64_t* step = nullptr;
-    bool empty() const;
   };
 
   // One parameter of the step: all that is needed of `p` and `g` is read here.
@@ -109,7 +128,7 @@ class PlanBase {
 
  private:
   bool collect(const pybind11::list& parameter_lists);
-  bool fits(const Entry& entry, const DlTensor& tensor) const;
+  bool fits(const Entry& entry, const DlTensor& p, const DlTensor& g) const;
 
   Snapshot state_;
   pybind11::capsule exchange_capsule_;
@@ -117,7 +136,6 @@ class PlanBase {
   pybind11::object is_negated_;
   pybind11::str grad_name_;
   std::vector<Entry> entries_;
-  std::atomic<bool> running_{false};
 };
 
 // The share of the CPU kernels.

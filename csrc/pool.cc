@@ -3,7 +3,8 @@
 //
 // In all of them tasks are taken from an atomic counter, the caller takes part, and it never waits for a
 // thread that has not started: a run ends when the tasks are done, whoever did them. A run that starts while
-// its pool is busy (another thread's, or nested in a task) is done by its caller alone.
+// its pool is busy (another thread's, or nested in a task) is done by its caller alone. A task that throws:
+// csrc/job.h.
 
 #include <dlfcn.h>
 #include <pthread.h>
@@ -24,6 +25,7 @@
 #include <thread>
 
 #include "csrc/core.h"
+#include "csrc/job.h"
 
 namespace lopt {
 namespace {
@@ -48,17 +50,6 @@ void run_alone(int64_t tasks, Task fn, void* argument) {
   for (int64_t i = 0; i < tasks; ++i) fn(argument, i);
 }
 
-struct Job {
-  Task fn;
-  void* argument;
-  int64_t tasks;
-  std::atomic<int64_t> next{0};
-
-  void drain() {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) fn(argument, i);
-  }
-};
-
 // ---- own_pool ----
 
 // Worker threads and what they wait on. One job at a time, which lives on the stack of its caller: workers
@@ -78,7 +69,7 @@ class Workers {
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
   }
 
-  void run(Job& job) {
+  void run(Job& job) noexcept {
     int asleep;
     {
       std::lock_guard<std::mutex> lock(mutex_);
@@ -137,8 +128,8 @@ OwnPool own_pools[kMaxThreads + 1];  // one for each number of threads
 
 int32_t own_threads(void* context) { return int32_t(static_cast<OwnPool*>(context) - own_pools); }
 
-std::atomic<bool> in_child{
-    false};  // of a fork: OpenMP's threads are gone as well, and libgomp would wait for them
+// Of a fork: OpenMP's threads are gone as well, and libgomp would wait for them.
+std::atomic<bool> in_child{false};
 
 // In the child of a fork there are no workers, and the mutexes may be locked for ever: start afresh.
 void after_fork_in_child() {
@@ -149,10 +140,9 @@ void after_fork_in_child() {
   in_child.store(true);
 }
 
-void handle_forks() {
-  static std::atomic<bool> handled{false};
-  if (!handled.exchange(true)) pthread_atfork(nullptr, nullptr, after_fork_in_child);
-}
+// When the library is loaded, not at the first run: OpenMP's threads may be those of PyTorch alone until
+// then.
+__attribute__((constructor)) void handle_forks() { pthread_atfork(nullptr, nullptr, after_fork_in_child); }
 
 void own_run(void* context, int64_t tasks, Task fn, void* argument) {
   OwnPool& pool = *static_cast<OwnPool*>(context);
@@ -160,17 +150,15 @@ void own_run(void* context, int64_t tasks, Task fn, void* argument) {
   if (tasks <= 1 || threads <= 1 || pool.busy.exchange(true, std::memory_order_acquire)) {
     return run_alone(tasks, fn, argument);
   }
-  try {
-    if (!pool.workers) pool.workers = new Workers(threads - 1);
-  } catch (const std::bad_alloc&) {
-  }
-  if (pool.workers) {
-    Job job{fn, argument, tasks};
-    pool.workers->run(job);
-  } else {
-    run_alone(tasks, fn, argument);
-  }
-  pool.busy.store(false, std::memory_order_release);
+  const struct Release {
+    std::atomic<bool>& busy;
+    ~Release() { busy.store(false, std::memory_order_release); }
+  } release{pool.busy};
+  if (!pool.workers) pool.workers = new (std::nothrow) Workers(threads - 1);
+  if (!pool.workers) return run_alone(tasks, fn, argument);
+  Job job{fn, argument, tasks};
+  pool.workers->run(job);
+  job.rethrow();
 }
 
 // ---- openmp_pool ----
@@ -231,6 +219,7 @@ void openmp_run(void* context, int64_t tasks, Task fn, void* argument) {
   Job job{fn, argument, tasks};
   // The whole team even for few tasks: libgomp ends the threads that a smaller team leaves over.
   openmp->parallel([](void* shared) { static_cast<Job*>(shared)->drain(); }, &job, unsigned(threads), 0);
+  job.rethrow();
 }
 
 }  // namespace
@@ -241,12 +230,10 @@ Pool serial_pool() {
 }
 
 Pool own_pool(int threads) {
-  handle_forks();
   return {&own_pools[threads <= 0 ? processors() : std::min(threads, kMaxThreads)], own_threads, own_run};
 }
 
 Pool openmp_pool(int threads) {
-  handle_forks();
   if (!find_openmp()) return own_pool(threads);
   return {reinterpret_cast<void*>(intptr_t(std::clamp(threads, 0, kMaxThreads))), openmp_threads, openmp_run};
 }

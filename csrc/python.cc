@@ -2,7 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <atomic>
 #include <cstdint>
+#include <new>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -33,7 +35,9 @@ void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 Dtype dtype_of(const std::string& name) {
   if (name == "float32") return Dtype::float32;
   if (name == "float64") return Dtype::float64;
-  throw std::invalid_argument("dtype " + name + ": the kernels take float32 and float64");
+  if (name == "bfloat16") return Dtype::bfloat16;
+  if (name == "float16") return Dtype::float16;
+  throw std::invalid_argument("dtype " + name + ": the kernels take float32, float64, bfloat16 and float16");
 }
 
 lopt::Pool pool_of(const std::string& name, int threads) { return lopt::named_pool(name.c_str(), threads); }
@@ -53,15 +57,17 @@ Record make_record(const std::string& dtype, const LoopNumbers& loops, std::vect
           momentum_stride};
 }
 
-// Address and strides (in elements, axes in memory order; none: dense) of an array during one call.
-using Address = std::pair<uintptr_t, std::optional<std::vector<int64_t>>>;
+// Address, strides (in elements, axes in memory order; none: dense) and type of an array during one call.
+using Address = std::tuple<uintptr_t, std::optional<std::vector<int64_t>>, std::string>;
 
-lopt::View view_of(const Address& address) {
-  return {pointer(address.first), address.second ? address.second->data() : nullptr};
+lopt::View view_of(const Address& array) {
+  const auto& [address, strides, dtype] = array;
+  return {pointer(address), strides ? strides->data() : nullptr, dtype_of(dtype)};
 }
 
-void check_rank(const Record& record, const Address& address, const char* what) {
-  if (address.second && address.second->size() != record.sizes.size())
+void check_rank(const Record& record, const Address& array, const char* what) {
+  const auto& strides = std::get<1>(array);
+  if (strides && strides->size() != record.sizes.size())
     throw std::invalid_argument(std::string(what) + ": one stride is needed for each axis");
 }
 
@@ -200,6 +206,26 @@ PYBIND11_MODULE(_native, m) {
       },
       py::kw_only(), py::arg("spec"), py::arg("loops"), py::arg("count"), py::arg("theta"), py::arg("pool"),
       py::arg("threads"), py::arg("steps"));
+  m.def(
+      "pool_test",  // for tests alone: task number `failing` runs out of memory, the others count
+      [](const std::string& pool, int threads, int64_t tasks, int64_t failing) {
+        struct Work {
+          int64_t failing;
+          std::atomic<int64_t> done{0};
+        } work{failing};
+        const lopt::Pool chosen = pool_of(pool, threads);
+        py::gil_scoped_release release;
+        chosen.run(
+            chosen.context, tasks,
+            [](void* argument, int64_t i) {
+              Work& work = *static_cast<Work*>(argument);
+              if (i == work.failing) throw std::bad_alloc();
+              ++work.done;
+            },
+            &work);
+        return work.done.load();
+      },
+      py::kw_only(), py::arg("pool"), py::arg("threads"), py::arg("tasks"), py::arg("failing"));
   m.def("instruction_set", &lopt::instruction_set);
   m.def("set_instruction_set", [](const std::string& name) { lopt::set_instruction_set(name.c_str()); });
   m.def("available_instruction_sets", &available_instruction_sets);

@@ -12,6 +12,12 @@
 namespace lopt {
 namespace {
 
+Dtype dtype_of(int32_t dtype) {
+  if (dtype == xla::kF64) return Dtype::float64;
+  if (dtype == xla::kBF16) return Dtype::bfloat16;
+  return dtype == xla::kF16 ? Dtype::float16 : Dtype::float32;
+}
+
 void small_fc_step_from(const xla::CallFrame& frame) {
   const xla::Call call = xla::decode(frame, /*with_scratch=*/false);
   std::vector<StepScalars> scalars(call.batch);
@@ -24,13 +30,15 @@ void small_fc_step_from(const xla::CallFrame& frame) {
   std::vector<Tensor> tensors;
   tensors.reserve(call.tensors.size());
   for (const xla::CallTensor& t : call.tensors) {
-    tensors.push_back({t.dtype == xla::kF64 ? Dtype::float64 : Dtype::float32,
+    xla::require(t.averages == xla::arithmetic(t.dtype), "state in bfloat16 is for GPUs alone");
+    const Dtype stored = dtype_of(t.dtype);
+    tensors.push_back({dtype_of(xla::arithmetic(t.dtype)),
                        t.loops,
                        0,
                        nullptr,
-                       {t.param, nullptr},
-                       {t.grad, nullptr},
-                       {t.output, nullptr},
+                       {t.param, nullptr, stored},
+                       {t.grad, nullptr, stored},
+                       {t.output, nullptr, stored},
                        call.apply,
                        t.momentum,
                        t.second_moment,

@@ -21,8 +21,8 @@ void* xla_small_fc_emulated_handler();
 // against another version of csrc/gpu.h.
 void xla_set_device(const GpuDevice& device);
 
-// Bytes of scratch memory that a call on a GPU must bring for each batch element of these float32 leaves;
-// aligned to 1.
+// Bytes of scratch memory that a call on a GPU must bring for each batch element of these leaves; aligned
+// to 1.
 int64_t xla_gpu_scratch_bytes(const Spec& spec, const std::vector<Loops>& leaves, bool clip);
 
 }  // namespace lopt

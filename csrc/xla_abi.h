@@ -10,7 +10,7 @@
 namespace lopt::xla {
 
 enum : int32_t { kMetadataExtension = 1, kExecute = 3 };
-enum : int32_t { kS32 = 4, kS64 = 5, kU8 = 6, kF32 = 11, kF64 = 12 };
+enum : int32_t { kS32 = 4, kS64 = 5, kU8 = 6, kF16 = 10, kF32 = 11, kF64 = 12, kBF16 = 16 };
 enum : uint32_t { kCommandBufferCompatible = 1 };  // traits
 enum : int32_t { kArrayAttribute = 1, kInvalidArgument = 3, kInternal = 13 };
 

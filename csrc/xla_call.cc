@@ -55,7 +55,7 @@ Call decode(const CallFrame& frame, bool with_scratch) {
   for (int64_t i = 0; i < buffers; ++i) {
     const Buffer &from = batch.check(operand(first_state + i), size_of[i]),
                  &to = batch.check(result(i), size_of[i]);
-    const size_t bytes = batch.size * size_of[i] * real_bytes(from);
+    const size_t bytes = batch.size * size_of[i] * storage_bytes(from);
     require(to.dtype == from.dtype, "state changes its type");
     if (from.data != to.data && bytes > 0) call.copies.push_back({to.data, from.data, bytes});
   }
@@ -74,11 +74,12 @@ Call decode(const CallFrame& frame, bool with_scratch) {
     const Buffer& param = batch.check(operand(first_param + leaf), n);
     const Buffer& grad = batch.check(operand(first_grad + leaf), n);
     const Buffer& output = batch.check(result(buffers + leaf), n);
-    const size_t bytes = real_bytes(param);
+    const size_t bytes = storage_bytes(param);
     require(grad.dtype == param.dtype && output.dtype == param.dtype,
             "a gradient's type is not its parameter's");
+    const int32_t computed = arithmetic(param.dtype);
     int64_t theta = 0;
-    while (theta < thetas && operand(2 + theta).dtype != param.dtype) ++theta;
+    while (theta < thetas && operand(2 + theta).dtype != computed) ++theta;
     require(theta < thetas, "no meta-parameters of a parameter's type");
 
     const int64_t d1 = loops.x_is_row ? loops.x : loops.y, d0 = loops.x_is_row ? loops.y : loops.x;
@@ -86,6 +87,7 @@ Call decode(const CallFrame& frame, bool with_scratch) {
                                    loops.factored ? (d1 ? 3 * n / d1 : 0) : 0, call.spec.lagged ? 28 : 0};
     char* slots[5];
     size_t slot_strides[5];
+    int32_t averages = computed;
     for (int k = 0; k < 5; ++k) {
       const int64_t slot = f[7 + 2 * k], offset = f[8 + 2 * k];
       slots[k] = nullptr;
@@ -94,20 +96,23 @@ Call decode(const CallFrame& frame, bool with_scratch) {
       require(slot >= 0 && slot < buffers && offset >= 0 && offset <= size_of[slot] - slot_sizes[k],
               "a leaf's state lies outside its buffer");
       const Buffer& buffer = result(slot);
-      require(buffer.dtype == param.dtype, "a leaf's state is of another type");
-      slots[k] = static_cast<char*>(buffer.data) + offset * bytes;
-      slot_strides[k] = size_of[slot] * bytes;
+      if (k == 0 && buffer.dtype == kBF16) averages = kBF16;
+      require(buffer.dtype == (k < 2 ? averages : computed), "a leaf's state is of another type");
+      slots[k] = static_cast<char*>(buffer.data) + offset * storage_bytes(buffer);
+      slot_strides[k] = size_of[slot] * storage_bytes(buffer);
     }
 
     for (int64_t b = 0; b < batch.size; ++b) {
-      auto at = [&](const Buffer& buffer, int64_t elements) -> void* {
-        return static_cast<char*>(buffer.data) + b * elements * bytes;
+      auto at = [&](const Buffer& buffer) -> void* {
+        return static_cast<char*>(buffer.data) + b * n * bytes;
       };
       auto state = [&](int k) -> void* { return slots[k] ? slots[k] + b * slot_strides[k] : nullptr; };
-      call.tensors[b * leaves + leaf] = {loops,        param.dtype, b,
-                                         at(param, n), at(grad, n), at(output, n),
-                                         state(0),     state(1),    state(2),
-                                         state(3),     state(4),    at(operand(2 + theta), meta_parameters)};
+      const Buffer& weights = operand(2 + theta);
+      const char* own_theta =
+          static_cast<const char*>(weights.data) + b * meta_parameters * real_bytes(weights);
+      call.tensors[b * leaves + leaf] = {loops,    param.dtype, averages, b,        at(param),
+                                         at(grad), at(output),  state(0), state(1), state(2),
+                                         state(3), state(4),    own_theta};
     }
   }
   return call;

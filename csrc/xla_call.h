@@ -5,7 +5,7 @@
 //
 //   operands: count (s32); scalars (3: learning rate, weight decay, max_norm); `thetas` flat arrays of
 //       meta-parameters of different types; `buffers` state buffers; each leaf's parameter; each leaf's
-//       gradient
+//       gradient, of its parameter's type
 //   results: the state buffers (aliased to the operands); each leaf's output; where the platform is a GPU,
 //       scratch memory (bytes, as many as xla_gpu_scratch_bytes says)
 //   attributes, all of them arrays:
@@ -14,6 +14,10 @@
 //       sizes (s64): elements of each state buffer
 //       leaves (s64, 17 for each leaf): the seven numbers of lopt_fast.layout.Loops, then (buffer, offset) of
 //           momentum, second moment, row, column and mean squares; buffer -1 where a leaf has none
+//
+// Parameters are float32, float64, bfloat16 or float16. Arithmetic is in float64 where the parameter is, else
+// in float32. State is of the type of the arithmetic, as are the meta-parameters; momentum and second moment
+// may be bfloat16.
 //
 // Under vmap every operand and result has the same leading batch dimensions. Those of the meta-parameters,
 // whose own rank is 1, tell how many there are; the sizes of everything else are checked against them.
@@ -28,11 +32,15 @@
 
 namespace lopt::xla {
 
+// kF64 or kF32: the type in which a parameter of this type is computed.
+inline int32_t arithmetic(int32_t dtype) { return dtype == kF64 ? kF64 : kF32; }
+
 // One leaf of one batch element.
 struct CallTensor {
   Loops loops;
-  int32_t dtype;  // kF32 or kF64: parameter, gradient, output and state
-  int64_t batch;  // index of its batch element
+  int32_t dtype;     // of parameter, gradient and output
+  int32_t averages;  // of momentum and second moment
+  int64_t batch;     // index of its batch element
   void *param, *grad, *output;
   void *momentum, *second_moment, *row, *column, *mean_squares;  // null where it has none
   const void* theta;

@@ -33,8 +33,12 @@ const Array& attribute(const CallFrame& frame, const char* name, int32_t dtype) 
 }
 
 size_t real_bytes(const Buffer& buffer) {
-  require(buffer.dtype == kF32 || buffer.dtype == kF64, "an operand is neither float32 nor float64");
+  require(buffer.dtype == kF32 || buffer.dtype == kF64, "an operand has a type that this call does not take");
   return buffer.dtype == kF64 ? 8 : 4;
+}
+
+size_t storage_bytes(const Buffer& buffer) {
+  return buffer.dtype == kBF16 || buffer.dtype == kF16 ? 2 : real_bytes(buffer);
 }
 
 double real_at(const void* address, int32_t dtype) {

@@ -18,6 +18,9 @@ const Array& attribute(const CallFrame& frame, const char* name, int32_t dtype);
 // Bytes of an element, which must be a float32 or float64.
 size_t real_bytes(const Buffer& buffer);
 
+// Bytes of an element, which must be a float32, float64, bfloat16 or float16.
+size_t storage_bytes(const Buffer& buffer);
+
 // The number at a host address, of type kF32 or kF64.
 double real_at(const void* address, int32_t dtype);
 

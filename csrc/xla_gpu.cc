@@ -27,6 +27,12 @@ void check(const char* error, const char* what) {
   if (error != nullptr) throw std::runtime_error(std::string(what) + ": " + error);
 }
 
+Storage storage_of(int32_t dtype) {
+  if (dtype == xla::kF64) throw std::invalid_argument("the GPU kernel does not take float64 parameters");
+  if (dtype == xla::kBF16) return Storage::bfloat16;
+  return dtype == xla::kF16 ? Storage::float16 : Storage::float32;
+}
+
 void enqueue(const xla::CallFrame& frame, const GpuDevice& device, void* stream) {
   const xla::Call call = xla::decode(frame, /*with_scratch=*/true);
   const ScalarType real = call.scalar_dtype == xla::kF64 ? ScalarType::float64 : ScalarType::float32;
@@ -35,10 +41,10 @@ void enqueue(const xla::CallFrame& frame, const GpuDevice& device, void* stream)
   std::vector<GpuTensor> tensors;
   tensors.reserve(call.tensors.size());
   for (const xla::CallTensor& t : call.tensors) {
-    if (t.dtype != xla::kF32) throw std::invalid_argument("the GPU kernel takes float32 parameters alone");
     GpuTensor tensor{};
     tensor.loops = t.loops;
-    tensor.parameter = tensor.gradient = tensor.state = Storage::float32;
+    tensor.parameter = tensor.gradient = storage_of(t.dtype);
+    tensor.state = storage_of(t.averages);
     tensor.param = t.param;
     tensor.grad = t.grad;
     tensor.output = t.output;

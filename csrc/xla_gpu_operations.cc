@@ -31,11 +31,11 @@ class Buffers {
  public:
   Buffers(const xla::Buffers& buffers, const xla::Batch& batch) : buffers_(buffers), batch_(batch) {}
 
-  // Address in batch element `model`.
-  float* next(int64_t elements, int64_t model) {
+  // Those of the first batch element; the others lie behind them.
+  float* next(int64_t elements) {
     const Buffer& buffer = batch_.check(take(), elements);
     require(buffer.dtype == xla::kF32, "the GPU kernels take float32 alone");
-    return static_cast<float*>(buffer.data) + model * elements;
+    return static_cast<float*>(buffer.data);
   }
   const Buffer& take() {
     require(next_ < buffers_.size, "too few operands or results");
@@ -55,9 +55,11 @@ struct Copy {
   int64_t elements;
 };
 
-// One model of the batch.
-void enqueue(const CallFrame& frame, const xla::Batch& batch, int64_t model, const GpuDevice& device,
-             void* stream) {
+// All models of the batch.
+void enqueue(const CallFrame& frame, const GpuDevice& device, void* stream) {
+  require(frame.operands.size > 0, "too few operands");
+  const xla::Batch batch(*static_cast<const Buffer*>(frame.operands.values[0]), 1);
+  if (batch.size == 0) return;
   const int64_t* header = integers(frame, "call", kCallFields);
   require(header[0] == kFormat, "this call was written for another version of lopt_fast");
   require(header[1] >= 0 && header[1] <= 2 && header[2] >= 0 && header[6] >= 0 && header[6] <= 2,
@@ -66,11 +68,10 @@ void enqueue(const CallFrame& frame, const xla::Batch& batch, int64_t model, con
   GpuOperation call = {};
   call.operation = Operation(header[1]);
   call.count = count;
-  int64_t numbers = 2 + 2 * count;
+  call.models = batch.size;
   for (int k = 0; k < 3; ++k) {
     require(header[3 + k] >= 0 && header[3 + k] <= kMostAverages, "a number of the call is out of range");
     call.averages[size_t(k)] = int32_t(header[3 + k]);
-    numbers += header[3 + k];
   }
   const bool writes = call.operation != Operation::statistics;
   if (writes)
@@ -84,25 +85,24 @@ void enqueue(const CallFrame& frame, const xla::Batch& batch, int64_t model, con
   if (call.operation == Operation::element_mlp) {
     spec = xla_mlp_spec(frame);
     call.multiplied = xla_mlp_multiplied(frame);
-    numbers += call.multiplied ? count : 0;
-  } else if (call.operation == Operation::adam) {
-    numbers += 9 * count;
   }
-  call.numbers = operands.next(numbers, model);
+  call.numbers = operands.next(gpu_operation_numbers(call));
   if (call.operation == Operation::element_mlp) {
     const int64_t* table = integers(frame, "layers", kLayerFields * (spec.hidden_layers + 1));
     for (int32_t i = 0; i <= spec.hidden_layers; ++i, table += kLayerFields) {
       const int64_t outputs = table[1], w = table[0] * outputs;
-      GpuMlpLayer layer = {nullptr, nullptr, table[0], outputs, table[2] ? w : 0, table[3] ? outputs : 0};
-      layer.w = operands.next(w * (table[2] ? count : 1), model);
-      layer.b = operands.next(outputs * (table[3] ? count : 1), model);
+      GpuMlpLayer layer = {};
+      layer.inputs = table[0], layer.outputs = outputs;
+      layer.w_stride = table[2] ? w : 0, layer.b_stride = table[3] ? outputs : 0;
+      layer.w = operands.next(w * (table[2] ? count : 1));
+      layer.b = operands.next(outputs * (table[3] ? count : 1));
       layers.push_back(layer);
     }
     call.spec = &spec;
     call.layers = layers.data();
   }
 
-  std::vector<GpuOperationTensor> tensors;
+  std::vector<GpuOperationTensor> tensors(size_t(batch.size * count));
   std::vector<Copy> copies;
   const int64_t* table = integers(frame, "tensors", count * kTensorFields);
   for (int64_t i = 0; i < count; ++i, table += kTensorFields) {
@@ -112,33 +112,38 @@ void enqueue(const CallFrame& frame, const xla::Batch& batch, int64_t model, con
     const int64_t row = !l.factored ? n : d0 ? n / d0 : 0, column = l.factored && d1 ? n / d1 : 0;
     const int64_t counts[4] = {header[3], header[4], header[5], l.factored ? header[5] : 0};
     const int64_t sizes[4] = {n, n, row, column};
-    GpuOperationTensor t = {};
-    t.loops = l;
-    t.storage = Storage::float32;
-    t.param = operands.next(n, model);
-    t.grad = operands.next(n, model);
-    if (writes) t.output = results.next(n, model);
+    const float *const param = operands.next(n), *const grad = operands.next(n);
+    float* const output = writes ? results.next(n) : nullptr;
     float* state[4] = {};
     for (int k = 0; k < 4; ++k) {
       if (!counts[k]) continue;
       const int64_t elements = counts[k] * sizes[k];
-      float* const from = operands.next(elements, model);
-      state[k] = writes ? results.next(elements, model) : from;
-      if (state[k] != from && elements) copies.push_back({state[k], from, elements});
+      float* const from = operands.next(elements);
+      state[k] = writes ? results.next(elements) : from;
+      if (state[k] != from && elements) copies.push_back({state[k], from, batch.size * elements});
     }
-    t.momentum = state[0], t.second_moment = state[1], t.row = state[2], t.column = state[3];
-    t.momentum_stride = t.second_moment_stride = n, t.row_stride = row, t.column_stride = column;
-    tensors.push_back(t);
+    for (int64_t model = 0; model < batch.size; ++model) {
+      const auto of_model = [&](int k) {
+        return state[k] ? state[k] + model * counts[k] * sizes[k] : nullptr;
+      };
+      GpuOperationTensor& t = tensors[size_t(model * count + i)];
+      t.loops = l;
+      t.storage = Storage::float32;
+      t.param = param + model * n, t.grad = grad + model * n;
+      t.output = writes ? output + model * n : nullptr;
+      t.momentum = of_model(0), t.second_moment = of_model(1), t.row = of_model(2), t.column = of_model(3);
+      t.momentum_stride = t.second_moment_stride = n, t.row_stride = row, t.column_stride = column;
+    }
   }
   operands.require_end();
   call.tensors = tensors.data();
-  if (last) call.results = results.next(count * last, model);
+  if (last) call.results = results.next(count * last);
   const Buffer& scratch = results.take();
   results.require_end();
   require(scratch.dtype == xla::kU8, "scratch memory is bytes");
 
-  const int64_t bytes = batch.elements(scratch);
-  const uintptr_t start = reinterpret_cast<uintptr_t>(scratch.data) + uintptr_t(model * bytes);
+  const int64_t bytes = batch.size * batch.elements(scratch);
+  const uintptr_t start = reinterpret_cast<uintptr_t>(scratch.data);
   const uintptr_t aligned = (start + kAlignment - 1) / kAlignment * kAlignment;
   require(gpu_operation_scratch_bytes(call) + int64_t(aligned - start) <= bytes, "too little scratch memory");
   for (const Copy& copy : copies) {
@@ -148,20 +153,13 @@ void enqueue(const CallFrame& frame, const xla::Batch& batch, int64_t model, con
   gpu_operation(call, device, reinterpret_cast<void*>(aligned), stream);
 }
 
-void enqueue_all(const CallFrame& frame, const GpuDevice& device, void* stream) {
-  require(frame.operands.size > 0, "too few operands");
-  const xla::Batch batch(*static_cast<const Buffer*>(frame.operands.values[0]), 1);
-  for (int64_t model = 0; model < batch.size; ++model) enqueue(frame, batch, model, device, stream);
-}
-
 xla::Error* handle_device(xla::CallFrame* frame) {
   return xla::respond(frame, "operation", xla::kCommandBufferCompatible,
-                      [](const CallFrame& f) { enqueue_all(f, xla_device(), xla_stream(f)); });
+                      [](const CallFrame& f) { enqueue(f, xla_device(), xla_stream(f)); });
 }
 
 xla::Error* handle_emulated(xla::CallFrame* frame) {
-  return xla::respond(frame, "operation", 0,
-                      [](const CallFrame& f) { enqueue_all(f, gpu_emulator(), nullptr); });
+  return xla::respond(frame, "operation", 0, [](const CallFrame& f) { enqueue(f, gpu_emulator(), nullptr); });
 }
 
 }  // namespace

@@ -15,7 +15,8 @@
 //       tensors (s64, 7 for each): lopt_fast.layout.Loops
 //     element_mlp: spec, reals, groups and layers as in csrc/xla_operations.h, no mean squares given
 //
-// Under vmap everything has the same leading batch dimensions; the models are enqueued one after the other.
+// Under vmap everything has the same leading batch dimensions; the tensors of all models are those of one
+// call.
 #pragma once
 
 namespace lopt {

@@ -4,38 +4,27 @@
 #include <exception>
 #include <thread>
 
+#include "csrc/job.h"
+
 namespace lopt::xla {
 namespace {
 
-// Tasks of one Pool::run, drained by whoever comes. It outlives the call that made it: a helper that XLA
-// starts late finds the counter exhausted, touches nothing else and leaves.
-struct Job {
-  std::atomic<int64_t> next{0}, done{0}, references{1};
-  std::atomic<bool> failed{false};
-  std::exception_ptr error;  // of the first task that failed; to be read when all are done
-  int64_t tasks;
-  void (*fn)(void*, int64_t);
-  void* argument;
+// It outlives the call that made it: a helper that XLA starts late finds the counter exhausted, touches
+// nothing else and leaves.
+struct SharedJob {
+  Job job;
+  std::atomic<int64_t> done{0}, references{1};
 
-  void drain() {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-      try {
-        fn(argument, i);
-      } catch (...) {
-        if (!failed.exchange(true)) error = std::current_exception();
-      }
-      done.fetch_add(1, std::memory_order_release);
-    }
-  }
+  void drain() { done.fetch_add(job.drain(), std::memory_order_release); }
   void release() {
     if (references.fetch_sub(1, std::memory_order_acq_rel) == 1) delete this;
   }
 };
 
 void run_helper(void* data) {
-  Job* job = static_cast<Job*>(data);
-  job->drain();
-  job->release();
+  SharedJob* shared = static_cast<SharedJob*>(data);
+  shared->drain();
+  shared->release();
 }
 
 }  // namespace
@@ -58,26 +47,23 @@ void Threads::run(int64_t tasks, void (*fn)(void*, int64_t), void* argument) con
     for (int64_t i = 0; i < tasks; ++i) fn(argument, i);
     return;
   }
-  Job* job = new Job;
-  job->tasks = tasks;
-  job->fn = fn;
-  job->argument = argument;
+  SharedJob* shared = new SharedJob{{fn, argument, tasks}};
   for (int64_t i = 0; i < helpers; ++i) {
-    job->references.fetch_add(1, std::memory_order_relaxed);
-    Schedule schedule{sizeof(Schedule), nullptr, context_, run_helper, job};
+    shared->references.fetch_add(1, std::memory_order_relaxed);
+    Schedule schedule{sizeof(Schedule), nullptr, context_, run_helper, shared};
     if (!succeeded(api_->schedule(&schedule))) {
-      job->release();
+      shared->release();
       break;
     }
   }
-  job->drain();
+  shared->drain();
   // Every task has been taken. What is still missing runs on another thread at this moment, so waiting
   // cannot hang: a helper that has not started (all threads may be inside such calls) is never waited for.
-  for (int spins = 0; job->done.load(std::memory_order_acquire) < tasks; ++spins) {
+  for (int spins = 0; shared->done.load(std::memory_order_acquire) < tasks; ++spins) {
     if (spins > 2000) std::this_thread::yield();
   }
-  const std::exception_ptr error = job->error;
-  job->release();
+  const std::exception_ptr error = shared->job.error;
+  shared->release();
   if (error) std::rethrow_exception(error);
 }
 

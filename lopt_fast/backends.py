@@ -21,6 +21,7 @@ from .errors import UserError
 from .spec import Spec
 
 if TYPE_CHECKING:
+    from .architectures import Architecture
     from .operations import ElementMlp
 
 
@@ -132,7 +133,7 @@ def _dtype_refused(dtype_name: str, dtype_names: tuple[str, ...]) -> str | None:
 
 
 def _cpu_supports(spec: Spec, dtype_name: str) -> str | None:
-    return _kernel_supports(spec, dtype_name, ("float32", "float64"))
+    return _kernel_supports(spec, dtype_name, ("float32", "float64", "bfloat16", "float16"))
 
 
 def _cpu_supports_any(spec: Any, dtype_name: str) -> str | None:
@@ -230,6 +231,34 @@ BACKENDS: tuple[str, ...] = ("auto", *(b.name for b in OPERATIONS["small_fc_lopt
 """What a `backend` argument may be."""
 
 _warned: set[str] = set()
+
+
+def refusal(
+    backend: str,
+    spec: Any,
+    device_type: str,
+    dtype_name: str,
+    *,
+    ordinal: int = 0,
+    operation: str = "small_fc_lopt",
+) -> str | None:
+    """None if this implementation of `operation` can be used, else the reason why not; arguments as of `choose`."""
+    device = "cuda" if device_type == "gpu" else device_type
+    found = next(b for b in OPERATIONS[operation] if b.name == backend)
+    return found.refusal(spec, device, dtype_name, ordinal)
+
+
+def operations_refusal(
+    backend: str, architecture: Architecture, device_type: str, dtype_name: str, *, ordinal: int = 0
+) -> str | None:
+    """None if `backend` can compute the operations of `architecture`, else the reason why not; as `refusal`."""
+    if not architecture.has_kernels:
+        return f"{architecture.NAME} is plain array code, with these hyperparameters at least"
+    from .operations import ElementMlp  # not at the top: it imports this module
+
+    mlp = getattr(architecture, "mlp", None)
+    operation = "element_mlp" if isinstance(mlp, ElementMlp) else "adam"
+    return refusal(backend, mlp, device_type, dtype_name, ordinal=ordinal, operation=operation)
 
 
 def choose(

@@ -14,8 +14,10 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from .backends import BACKENDS
 from .meta.cli import register as register_meta
 from .terminal import errors, fail, print_error, stderr, stdout, write_json
+from .training import choices, problems
 
 app = typer.Typer(
     name="lopt-fast",
@@ -152,7 +154,7 @@ def _processor() -> str:
 def verify(
     files: Annotated[list[Path], typer.Argument(metavar="FILE.npz...", help="Golden files.")],
     framework: Annotated[str, typer.Option(help="torch, jax or numpy.")] = "numpy",
-    backend: Annotated[str, typer.Option(help="auto, cuda, triton, cpu or reference.")] = "auto",
+    backend: Annotated[str, typer.Option(help=f"{', '.join(BACKENDS)}.")] = "auto",
     dtype: Annotated[
         str | None,
         typer.Option(help="float32 or float64; default: float64 for NumPy's reference, else float32."),
@@ -316,12 +318,14 @@ def _listed(values: Any) -> str:
 @app.command()
 def train(
     task: Annotated[
-        str, typer.Option(help="digits, stdlib-lm, quadratic; with --data: cifar10, mnist, fashion-mnist.")
+        str,
+        typer.Option(help=f"{', '.join(problems.BUILT_IN)}; with --data: {', '.join(problems.NEEDS_DATA)}."),
     ],
     optimizer: Annotated[
         list[str],
         typer.Option(
-            help="small_fc_lopt, a checkpoint file, adamw, sgdm; NAME@lr=3e-3, NAME:best (a short search). Repeat it."
+            help=f"{', '.join(choices.names())}, a checkpoint file; NAME@lr=3e-3, NAME:best (a short search). "
+            "Repeat it."
         ),
     ],
     steps: Annotated[int, typer.Option(min=1, help="Number of training steps.")] = 1000,
@@ -341,12 +345,12 @@ def train(
     """Train a built-in task with one or several optimizers: a table, results.json and plot.png."""
     with errors():
         from .training import TrainConfig, TrainingError
-        from .training.choices import parse
 
         if statistics not in (None, "exact", "lagged"):
             raise TrainingError(f"statistics {statistics!r}: must be exact or lagged")
-        choices = [parse(text, lr, statistics) for text in optimizer]  # type: ignore[arg-type]
-        config = TrainConfig(task, choices, steps, framework, data, batch_size, seed)  # type: ignore[arg-type]
+        task = problems.task_name(task)
+        chosen = [choices.parse(text, lr, statistics) for text in optimizer]  # type: ignore[arg-type]
+        config = TrainConfig(task, chosen, steps, framework, data, batch_size, seed)  # type: ignore[arg-type]
         run_and_report([config], [out or Path("runs") / f"{task}-{framework}"], json)
 
 

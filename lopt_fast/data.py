@@ -38,6 +38,11 @@ class Images:
     """(n,) int32."""
 
 
+def canonical(name: str) -> str:
+    """The name of a data set as names are compared: `fashion-mnist` and `fashion_mnist` are one."""
+    return name.replace("-", "_")
+
+
 def load_digits() -> Images:
     """scikit-learn's 1,797 handwritten digits, 8x8, one channel, values 0..16."""
     try:

@@ -11,6 +11,7 @@ import re
 import warnings
 from pathlib import Path
 
+from .errors import install
 from .spec import SpecError
 
 PREFIX = "hf:"
@@ -56,7 +57,7 @@ def fetch(reference: str) -> Path:
         import huggingface_hub
     except ImportError as error:
         raise HubError(
-            f"{reference}: huggingface_hub cannot be imported ({error}): pip install 'lopt-fast[hub]', or download "
+            f"{reference}: huggingface_hub cannot be imported ({error}): {install('hub')}, or download "
             "the file and give its path"
         ) from error
     try:

@@ -15,7 +15,17 @@ from .reference import TensorState, flatten_theta
 from .spec import Accumulates, Spec
 
 DTYPES = ("float32", "float64")
-"""Names of the types that the kernels take."""
+"""Names of the types that the kernels compute and keep state in."""
+
+HALF_TYPES = ("bfloat16", "float16")
+"""Names of the types that parameters and gradients may have as well."""
+
+STORAGE_TYPES = (*DTYPES, *HALF_TYPES)
+
+
+def arithmetic(dtype_name: str) -> str:
+    """Name of the type in which a parameter of this type is updated, and has its state."""
+    return "float32" if dtype_name in HALF_TYPES else dtype_name
 
 
 def kernel_spec(spec: Spec) -> Any:
@@ -98,7 +108,8 @@ class Placement:
         return found
 
     def record(self, dtype: str, addresses: Mapping[str, int]) -> Any:
-        """The tensor as the kernels know it; `addresses` of the state by its names in `TensorState`."""
+        """The tensor as the kernels know it; `addresses` of the state by its names in `TensorState`, which is of type
+        `dtype`, as the arithmetic."""
         return native().Record(
             dtype=dtype,
             loops=astuple(self.loops),
@@ -132,12 +143,14 @@ def flat_theta(spec: Spec, theta: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def init_state(spec: Spec, p: np.ndarray) -> TensorState:
-    """Zero accumulators for the array `p`, in the memory order of `p`. What is not used has size 0."""
-    arrays = {name: np.zeros(0, p.dtype) for name in TensorState._fields}
+    """Zero accumulators for the array `p`, in the memory order of `p`; float32 where it is bfloat16 or float16. What is
+    not used has size 0."""
+    dtype = np.dtype(arithmetic(p.dtype.name))
+    arrays = {name: np.zeros(0, dtype) for name in TensorState._fields}
     for name, (shape, strides) in Placement.of(p.shape, p.strides).state_layouts(spec).items():
         extent = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-        base = np.zeros(max(extent, 0), p.dtype)
-        arrays[name] = np.lib.stride_tricks.as_strided(base, shape, [s * p.itemsize for s in strides])
+        base = np.zeros(max(extent, 0), dtype)
+        arrays[name] = np.lib.stride_tricks.as_strided(base, shape, [s * dtype.itemsize for s in strides])
     return TensorState(**arrays)
 
 
@@ -162,11 +175,14 @@ def small_fc_step(
 
     Args:
         theta: named meta-parameters (`Spec.theta_shapes`).
-        params, grads: equal shapes, float32 or float64, any strides; a parameter may not overlap itself.
+        params, grads: equal shapes, float32, float64, float16 or bfloat16 (of the package ml_dtypes), any strides; a
+            parameter may not overlap itself. A gradient may have another type than its parameter, but for float64.
+            Arithmetic is in float32 for the half types, and results are rounded to the nearest: a step below half of
+            the last bit of a parameter is lost, as with any optimizer.
         states: accumulators in the layouts of `init_state`; overwritten.
         t: steps taken before.
         max_grad_norm: bound on the norm of all gradients together, None for none.
-        outputs: where results go, of the parameters' shapes and types; default: the parameters themselves.
+        outputs: where results go, of the parameters' shapes, types as of gradients; default: the parameters themselves.
         apply: the result is the new parameter; if False, what is to be added to it.
         pool: "serial", "own" (std::thread) or "openmp" (the libgomp that the process has loaded).
 
@@ -189,29 +205,39 @@ def small_fc_step(
     records, addresses = [], []
     for i, (p, g, state, result) in enumerate(zip(params, grads, states, results, strict=True)):
         placement = Placement.of(p.shape, p.strides)
-        if p.dtype.name not in DTYPES:
-            raise ValueError(f"params[{i}] has type {p.dtype}: the kernel takes float32 and float64")
+        computed = np.dtype(arithmetic(p.dtype.name))
         for name, array, written in (("params", p, True), ("grads", g, False), ("outputs", result, True)):
-            if array.shape != p.shape or array.dtype != p.dtype:
+            if array.dtype.name not in STORAGE_TYPES or not array.dtype.isnative:
+                raise ValueError(
+                    f"{name}[{i}] has type {array.dtype}: the kernel takes {', '.join(STORAGE_TYPES)} in the byte "
+                    "order of the processor"
+                )
+            if array.shape != p.shape or arithmetic(array.dtype.name) != computed.name:
                 raise ValueError(f"{name}[{i}] is {array.dtype}{array.shape}, params[{i}] {p.dtype}{p.shape}")
-            if not array.flags.aligned or any(s % p.itemsize for s in array.strides):
+            if not array.flags.aligned or any(s % array.itemsize for s in array.strides):
                 raise ValueError(f"{name}[{i}] is not aligned to its item size: pass a copy")
             if written and (overlaps(array.shape, array.strides) or not array.flags.writeable):
                 raise ValueError(f"{name}[{i}] overlaps itself or is read-only: pass a copy")
         layouts = placement.state_layouts(spec)
         for name, array in zip(TensorState._fields, state, strict=True):
             shape, strides = layouts.get(name, ((0,), (1,)))
-            found = tuple(s // p.itemsize for s in array.strides)
+            found = tuple(s // computed.itemsize for s in array.strides)
             same = all(n <= 1 or a == b for n, a, b in zip(shape, found, strides, strict=False))
-            if array.shape != shape or array.dtype != p.dtype or (not same and 0 not in shape):
+            if array.shape != shape or array.dtype != computed or (not same and 0 not in shape):
                 raise ValueError(
                     f"states[{i}].{name} is {array.dtype}{array.shape} with strides {found}, expected "
-                    f"{p.dtype}{shape} with strides {strides}: use init_state(spec, params[{i}])"
+                    f"{computed}{shape} with strides {strides}: use init_state(spec, params[{i}])"
                 )
-        records.append(placement.record(p.dtype.name, {n: a.ctypes.data for n, a in state._asdict().items()}))
+        records.append(
+            placement.record(computed.name, {n: a.ctypes.data for n, a in state._asdict().items()})
+        )
         addresses.append(
             [
-                (a.ctypes.data, placement.strides_of_view([s // p.itemsize for s in a.strides]))
+                (
+                    a.ctypes.data,
+                    placement.strides_of_view([s // a.itemsize for s in a.strides]),
+                    a.dtype.name,
+                )
                 for a in (p, g, result)
             ]
         )

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import typer
 from rich.console import Console
 
-from .errors import UserError
+from .errors import UserError, install
 
 
 def stdout() -> Console:
@@ -46,7 +46,7 @@ def errors(extra: str | None = None) -> Iterator[None]:
     except ImportError as error:
         if extra is None:
             raise
-        fail(f"pip install 'lopt_fast[{extra}]' is needed: {error}")
+        fail(f"{error}: {install(extra)}")
 
 
 def write_json(path: Path | None, value: Mapping[str, Any]) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 
 from lopt_fast import backends, reference
 from lopt_fast.architectures import small_fc_lopt
@@ -29,6 +31,26 @@ def assert_update_close(actual: Any, expected: Any, p: Any, dtype: str, what: st
     bound = 4 * eps * float(np.abs(p).max()) + RELATIVE[dtype] * float(np.abs(expected).max())
     error = float(np.abs(actual - expected).max())
     assert error <= bound, f"{what}: update off by {error:.3e}, allowed {bound:.3e} ({dtype})"
+
+
+HALF = {"bfloat16": (2.0**-8, 2.0**-134), "float16": (2.0**-11, 2.0**-25)}
+"""Largest errors of rounding to the nearest: relative to a normal number, and of a subnormal one."""
+
+
+def assert_parameter_close(p: Any, before: Any, delta: Any, what: str = "") -> None:
+    """`p` within the bound of `assert_update_close`, and the rounding of its type if that is a half one, of
+    before + delta; fails on NaN, Inf and shapes."""
+    dtype = p.dtype.name
+    p, before, delta = (np.array(x, np.float64) for x in (p, before, delta))
+    if dtype not in HALF:
+        return assert_update_close(p - before, delta, before, dtype, what)
+    assert p.shape == before.shape == delta.shape, f"{what}: shapes {p.shape}, {before.shape}, {delta.shape}"
+    if p.size:
+        computed = 4 * np.finfo(np.float32).eps * np.abs(before).max() + 1e-4 * np.abs(delta).max()
+        relative, least = HALF[dtype]
+        excess = np.abs(p - (before + delta)) - (relative * np.abs(before + delta) + least + 1.01 * computed)
+        assert excess.max() <= 0, f"{what}: off by {excess.max():.3e} more than allowed ({dtype})"
+    return None
 
 
 def assert_states_close(actual: Any, expected: Any, dtype: str, what: str = "") -> None:
@@ -91,10 +113,21 @@ def gpu_on_cpu(name: str) -> Iterator[None]:
     with (
         mock.patch.dict(backends.OPERATIONS, {"small_fc_lopt": (kernels, *others)}),
         mock.patch.dict(device.KERNELS, {"emulator": lambda: backends.native().gpu_emulator()}),
-        mock.patch.dict(device.TYPES, clear=True),
         mock.patch.object(scalars, "HOST", frozenset()),
     ):
         yield
+
+
+needs_emulator = pytest.mark.skipif(
+    not hasattr(backends._import_native()[0], "gpu_emulator"), reason="no compiled kernels, or no emulator"
+)
+
+
+def repeated(module: ModuleType, but: Collection[str] = ()) -> dict[str, Any]:
+    """The tests of a module but for some, to be run again elsewhere: ``globals().update(repeated(module))``."""
+    found = {name: test for name, test in vars(module).items() if name.startswith("test_") and callable(test)}
+    assert found.keys() >= set(but), f"not in {module.__name__}: {set(but) - found.keys()}"
+    return {name: test for name, test in found.items() if name not in but}
 
 
 class Golden:

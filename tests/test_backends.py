@@ -49,7 +49,7 @@ def test_auto_takes_the_kernel(dtype: str) -> None:
 @pytest.mark.parametrize(
     ("spec", "device", "dtype", "reason"),
     [
-        (SPEC, "cpu", "bfloat16", "float32 and float64, not bfloat16"),
+        (SPEC, "cpu", "int8", "float32, float64, bfloat16 and float16, not int8"),
         (replace(SPEC, feature_set="m"), "cpu", "float32", "feature_set 'default', not 'm'"),
         (replace(SPEC, rms_decays=(0.9, 0.99, 0.999)), "cpu", "float32", "not 3, 3 and 3"),
         (SPEC, "cuda", "float32", "runs on cpu, these arrays are on cuda"),

@@ -38,11 +38,10 @@ def test_models_have_the_published_number_of_parameters(model: models.Model, par
     assert sum(math.prod(s) for s in models.shapes(model)) == parameters
 
 
-@pytest.mark.parametrize("model", [models.RESNET18, models.RESNET50, models.GPT2_124M], ids=str)
+@pytest.mark.parametrize("model", [models.RESNET18, *models.MODELS.values()], ids=str)
 def test_shapes_are_those_of_the_modules(model: Any) -> None:
-    build = models.build_resnet if isinstance(model, models.ResNet) else models.build_gpt2
     with torch.device("meta"):
-        modules = build(model)
+        modules = models.build(model)
     assert [tuple(p.shape) for p in modules.parameters()] == models.shapes(model)
 
 
@@ -145,15 +144,17 @@ def test_missing_peers_are_a_note() -> None:
 def test_compiled() -> None:
     rows, skipped = rehearse("compiled")
     assert not skipped
-    for model in ("GPT-2 124M", "ResNet-50"):
-        assert names(rows, model) == {"adamw_fused", "adamw_compiled"}
+    for model in models.MODELS:
+        assert names(rows, model) == {"adamw_fused", "adamw_compiled", "cpu_exact", "cpu_lagged"}
+    ours = [r for r in rows if r["contender"].startswith("cpu")]
+    assert all(r["ratios"].keys() == {"adamw_fused", "adamw_compiled"} for r in ours)
 
 
 @needs_core
 def test_training_steps() -> None:
     rows, skipped = rehearse("training")
     assert not skipped
-    for model in ("ResNet-18", "ResNet-50", "GPT-2 124M"):
+    for model in ("ResNet-18", "ResNet-50", "GPT-2 124M", "ViT-B/16"):
         expected = {"adamw_fused", "cpu_exact", "cpu_lagged"}
         assert names(rows, f"training {model}, batch 2") == expected
 

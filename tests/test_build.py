@@ -58,3 +58,30 @@ def test_build_stops_at_shared_symbols(root: Path, tmp_path: Path, source: str, 
     done = subprocess.run([*check, str(tmp_path / "x.o")], capture_output=True, text=True, check=False)
     assert (done.returncode == 0) == accepted, done.stderr
     assert accepted or "share symbols" in done.stderr
+
+
+@pytest.mark.parametrize(("release", "asked", "expected"), [
+    ("13.0", "", "code: sm_80;sm_90;sm_100;compute_80"),
+    ("12.4", "", "code: sm_80;sm_90;compute_80"),
+    ("12.4", "90-real;120-virtual", "code: sm_90;compute_80"),
+    ("12.4", "80-real;100-real", "holds 100-real, which"),
+    ("13.0", "90", 'holds "90"'),
+    ("12.0", "", "is of CUDA 12.0, the kernels need 12.1 or later"),
+    ("of clang", "", "does not answer as nvcc does"),
+])  # fmt: skip
+def test_what_an_nvcc_can_make(root: Path, tmp_path: Path, release: str, asked: str, expected: str) -> None:
+    """An architecture that it does not know is left out of the default ones, and refused among those asked for."""
+    known = "sm_80 sm_90 sm_100" if release == "13.0" else "sm_80 sm_90"
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && echo "tools, release {release}, V1"\n'
+        f'[ "$1" = --list-gpu-code ] && printf "%s\\n" {known}\nexit 0\n'
+    )
+    nvcc.chmod(0o755)
+    script = root / "cmake/cuda_code.cmake"
+    done = subprocess.run(
+        [tool("cmake"), f"-DNVCC={nvcc}", f"-DARCHITECTURES={asked}", "-P", str(script)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode == 0) == expected.startswith("code"), done.stderr
+    assert expected in " ".join((done.stdout + done.stderr).split())

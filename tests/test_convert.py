@@ -482,7 +482,9 @@ def test_hub_errors(files: dict[str, Path], tmp_path: Path) -> None:
 
 def test_without_huggingface_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(CheckpointError, match=r"pip install 'lopt-fast\[hub\]', or download"):
+    with pytest.raises(
+        CheckpointError, match=r"pip install '\.\[hub\]' in the source folder of lopt_fast, or download"
+    ):
         checkpoint.load(f"hf:me/opt@{COMMIT}")
     assert "names no revision" in run("hf:me/opt", "-o", "y").text
 

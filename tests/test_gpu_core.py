@@ -408,6 +408,36 @@ def test_numbers_on_the_device(count: str, real: str, statistics: Any) -> None:
         equal(host.bits(), device.bits())
 
 
+def test_few_items_go_over_many_tiles_where_steps_are_counted_on_the_device() -> None:
+    """The first lagged step, and those that need no passes 1 and 2; batches and convolutions are gathered."""
+    spec = Spec(statistics="lagged")
+    shapes = [(300, 301), (70_001,), (9, 40, 130), (64, 64, 3, 3), (3, 3, 120, 64)]
+    host, device = (
+        Device(spec, random_theta(spec), [normal(s, i) for i, s in enumerate(shapes)]) for _ in "ab"
+    )
+    now = np.zeros(1, np.int64)
+    for t, schedule in enumerate(["single_launch", "phased", "single_launch"]):
+        grads = [normal(s, 100 * t + i) for i, s in enumerate(shapes)]
+        host.step(grads)
+        now[0] = t
+        device.step(grads, t=(now.ctypes.data, "int64"), schedule=schedule)
+        equal(host.bits(), device.bits())
+
+
+@pytest.mark.parametrize("statistics", STATISTICS)
+def test_a_transformer_is_one_launch(statistics: Any) -> None:
+    """Tensors in the order of GPT-2: 50 matrices of two tiles, 98 vectors among them. One more for the counters."""
+    spec = Spec(statistics=statistics)
+    layer = [(30,), (30,), (70, 64), (20,), (70, 64), (20,), (30,), (30,), (70, 64), (20,), (70, 64), (20,)]
+    shapes: list[tuple[int, ...]] = [(70, 64), (70, 64), *layer * 12, (30,), (30,)]
+    device = Device(spec, random_theta(spec), [normal(s, i) for i, s in enumerate(shapes)])
+    now = np.zeros(1, np.int64)
+    before = _native.emulator_launches()
+    device.step([normal(s, i) for i, s in enumerate(shapes)], t=(now.ctypes.data, "int64"))
+    assert _native.emulator_launches() - before == 2
+    assert (device.counts == 1).all()
+
+
 def test_the_step_counter_may_be_the_number_of_steps() -> None:
     """Each tensor's own counter, read by the step that adds to it."""
     spec = Spec(statistics="lagged")

@@ -5,26 +5,32 @@ tests/gpu/test_operations_gpu.py repeats these tests on a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
-from lopt_fast import backends  # noqa: E402
-from lopt_fast.architectures.celo import Celo  # noqa: E402
-from lopt_fast.architectures.sgdm import SgdM  # noqa: E402
-from lopt_fast.backends import BackendError  # noqa: E402
 from lopt_fast.native_operations import unsupported_on_gpus  # noqa: E402
-from lopt_fast.operations import AdamScalars, Decays, ModelTensors, Reference, Result, Weights  # noqa: E402
+from lopt_fast.operations import AdamScalars, Decays, ModelTensors, Reference, Weights  # noqa: E402
 from lopt_fast.operations.adam import ADAM_AVERAGES  # noqa: E402
-from lopt_fast.reference import TensorState  # noqa: E402
-from lopt_fast.torch import cuda_operations, device, operands, operations  # noqa: E402
-from tests import operations_on_devices  # noqa: E402
+from lopt_fast.torch import cuda_operations  # noqa: E402
+from tests.helpers import needs_emulator  # noqa: E402
+from tests.operations_on_devices import (  # noqa: E402
+    EMULATOR,
+    INTERPRETER,
+    arrays_of,
+    check,
+    kernels,
+    run,
+    target,
+    tensors_of,
+    to_numpy,
+    to_torch,
+)
 from tests.test_native_operations import (  # noqa: E402
     SPECS,
     assert_close,
@@ -36,10 +42,7 @@ from tests.test_native_operations import (  # noqa: E402
     random_weights,
 )
 
-native = backends._import_native()[0]
-pytestmark = pytest.mark.skipif(
-    not hasattr(native, "GpuOperation"), reason="no compiled kernels, or no emulator"
-)
+pytestmark = needs_emulator
 
 SHAPES: list[tuple[int, ...]] = [
     (), (1,), (5, 1), (1, 6), (8, 8), (37,), (130, 9), (8, 8, 3, 3), (3, 3, 4, 8), (2, 1, 5, 5), (7, 132), (64,),
@@ -47,77 +50,10 @@ SHAPES: list[tuple[int, ...]] = [
 SEVERAL_TILES: list[tuple[int, ...]] = [(150, 72), (18, 2, 40, 2), (2, 3000), (4300,), (4301,)]
 
 
-DEVICE, BACKEND = "cpu", "emulator"
-
-
-def to_torch(a: Any) -> Any:
-    return operations_on_devices.to_torch(a).to(DEVICE)
-
-
-def to_numpy(a: Any) -> Any:
-    return a.detach().cpu().double().numpy()
-
-
-def tensors_of(arrays: ModelTensors, dtype: Any = torch.float32) -> ModelTensors:
-    """Copies on the device; state in float32."""
-    return replace(
-        arrays,
-        params=[to_torch(p).to(dtype) for p in arrays.params],
-        grads=[to_torch(g).to(dtype) for g in arrays.grads],
-        states=[TensorState(*map(to_torch, s)) for s in arrays.states],
-    )
-
-
 @pytest.fixture(autouse=True)
-def emulator(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(device.KERNELS, "emulator", lambda: backends.native().gpu_emulator())
-
-
-def kernels(found_inf: Any = None) -> Any:
-    return cuda_operations.CudaOperations(None if found_inf is None else found_inf.to(DEVICE), BACKEND)
-
-
-def arrays_of(result: Result) -> Result:
-    return Result(
-        [to_numpy(p) for p in result.outputs],
-        [TensorState(*map(to_numpy, state)) for state in result.states],
-        None if result.messages is None else to_numpy(result.messages),
-    )
-
-
-def run(
-    spec: Any, tensors: ModelTensors, decays: Decays, weights: Weights, multiplier: Any = None,
-    found_inf: Any = None, **options: Any,
-) -> Result:  # fmt: skip
-    result: Result = kernels(found_inf).element_mlp(
-        spec,
-        tensors,
-        Decays(*map(to_torch, decays)),
-        Weights(tuple(map(to_torch, weights.w)), tuple(map(to_torch, weights.b))),
-        None if multiplier is None else to_torch(multiplier),
-        **options,
-    )
-    return result
-
-
-def check(
-    name: str,
-    shapes: Sequence[tuple[int, ...]],
-    per_tensor: tuple[bool, bool],
-    apply: bool = True,
-    **options: Any,
-) -> None:
-    spec = SPECS[name]
-    arrays = random_tensors(spec, shapes, "float32", apply=apply)
-    arguments = random_decays(spec), random_weights(spec, len(shapes), per_tensor)
-    multiplier = 1.0 + np.arange(len(shapes)) / 7 if per_tensor[0] else None
-    expected = Reference.element_mlp(spec, in_float64(arrays), *arguments, multiplier, **options)
-    # Not by the definition, unless the kernels refuse a tensor.
-    by_kernels = unsupported_on_gpus(spec) is None and spec.normalise_over == "tensor"
-    with mock.patch.object(operands, "Reference", None if by_kernels else Reference):
-        actual = run(spec, tensors_of(arrays), *arguments, multiplier, **options)
-    shown = replace(arrays, apply=apply and not options.get("steps_only", False))
-    assert_result_close(arrays_of(actual), expected, shown, "float32", name)
+def emulator() -> Iterator[None]:
+    with EMULATOR.in_use():
+        yield
 
 
 @pytest.mark.parametrize("name", ["celo", "velo", "celo2", "celo2 tanh", "fc_lopt", "rnn_fc_lopt", "few"])
@@ -154,7 +90,7 @@ def test_several_tiles_and_the_same_bits_in_every_run(name: str) -> None:
 
 
 def test_more_tensors_than_a_launch_takes() -> None:
-    check("few", [(3, 4), (5,)] * 70, (True, True))
+    check("few", [(3, 4), (5,)] * 90, (True, True))
 
 
 @pytest.mark.parametrize("moved", [True, False])
@@ -207,12 +143,12 @@ def test_sixteen_bit_parameters_and_gradients(dtype: Any) -> None:
     arguments = random_decays(spec), random_weights(spec, 3, (False, False))
     expected = Reference.element_mlp(spec, rounded, *arguments)
     actual = run(spec, tensors, *arguments)
-    eps = torch.finfo(dtype).eps
+    eps, rounding = torch.finfo(dtype).eps, 1.01 if target() == INTERPRETER else 0.51  # which truncates
     for a, e, state, wanted in zip(
         actual.outputs, expected.outputs, actual.states, expected.states, strict=True
     ):
         assert a.dtype == dtype
-        assert np.abs(to_numpy(a) - e).max() <= 0.51 * eps * np.abs(e).max()
+        assert np.abs(to_numpy(a) - e).max() <= rounding * eps * np.abs(e).max()
         for x, y in zip(state, wanted, strict=True):
             assert_close(to_numpy(x), y, 1e-4)
 
@@ -234,7 +170,7 @@ def test_other_orders_in_memory_and_what_is_refused() -> None:
         factored_column=channels_last(tensors.states[0].factored_column, 0, 1, 3, 2),
     )
     tensors.grads[1] = channels_last(tensors.grads[1], 1, 0)
-    tensors.params[2] = torch.zeros(5, 12, device=DEVICE)[:, ::2].copy_(tensors.params[2])
+    tensors.params[2] = torch.zeros(5, 12, device=target().device)[:, ::2].copy_(tensors.params[2])
     all_tensors = zip(tensors.params, tensors.grads, tensors.states, strict=True)
     reasons = [cuda_operations.refusal(*x, spec) for x in all_tensors]
     assert reasons[0] is None
@@ -251,7 +187,7 @@ def test_nothing_is_written_where_infinities_were_found() -> None:
     spec = SPECS["celo"]
     arrays = random_tensors(spec, [(5, 6), (4,), (3, 4)], "float32", apply=True)
     tensors = tensors_of(arrays)
-    tensors.params[2] = torch.zeros(3, 8, device=DEVICE)[:, ::2].copy_(
+    tensors.params[2] = torch.zeros(3, 8, device=target().device)[:, ::2].copy_(
         tensors.params[2]
     )  # through the definition
     run(spec, tensors, random_decays(spec), random_weights(spec, 3, (False, False)), found_inf=torch.ones(1))
@@ -298,11 +234,16 @@ def test_empty_tensors_and_numbers_as_tensors() -> None:
     arguments = random_decays(spec), random_weights(spec, 2, (False, False))
     expected = Reference.element_mlp(spec, in_float64(arrays.select([1])), *arguments)
     lr, scale = (
-        torch.tensor(x, dtype=torch.float64, device=DEVICE) for x in (arrays.lr[1], arrays.grad_scale)
+        torch.tensor(x, dtype=torch.float64, device=target().device)
+        for x in (arrays.lr[1], arrays.grad_scale)
     )
     tensors = replace(tensors_of(arrays), lr=[lr, lr], grad_scale=scale)
     actual = run(spec, tensors, *arguments)
+    assert actual.outputs[0].shape == (0, 3)
     assert_close(to_numpy(actual.outputs[1]), expected.outputs[0], 1e-5)
+
+
+def test_statistics_of_an_empty_tensor() -> None:
     statistics = kernels().statistics(
         ADAM_AVERAGES, tensors_of(random_tensors(ADAM_AVERAGES, [(0,)], "float32")), None
     )
@@ -335,39 +276,3 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(message: str, s
     with pytest.raises(ValueError, match=message):
         kernels().element_mlp(spec, tensors, **arguments)
     assert torch.equal(tensors.params[0], before)
-
-
-# ---- the optimizer ----
-
-
-@pytest.mark.parametrize("name", ["celo", "rnn_fc_lopt", "nn_adam", "celo2"])
-def test_learned_optimizer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two steps through the public interface, against the definitions in float64; then one that finds an infinity."""
-    chosen = {"emulator": lambda architecture, device_type, dtype: None, **operations.REFUSALS}
-    monkeypatch.setattr(operations, "REFUSALS", chosen)
-    monkeypatch.setattr("lopt_fast.torch.architecture_plan.HOST", frozenset())
-    monkeypatch.setattr("lopt_fast.torch.scalars.HOST", frozenset())
-    optimizer = operations_on_devices.check_learned_optimizer(name, "auto")
-    assert set(optimizer.backends.values()) == {"emulator"}
-
-
-def test_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    celo = Celo()
-    with pytest.raises(
-        BackendError, match="'cuda' of celo cannot be used: it runs on cuda, these arrays are on cpu"
-    ):
-        operations.operations_backend(celo, "cpu", "float32", "cuda")
-    with pytest.raises(BackendError, match="plain array code"):
-        operations.operations_backend(SgdM(), "cuda", "float32", "cuda")
-    there = {  # as on a machine with a GPU
-        name: tuple(replace(b, missing=lambda ordinal: None) if b.name == "cuda" else b for b in found)
-        for name, found in backends.OPERATIONS.items()
-    }
-    monkeypatch.setattr(operations, "OPERATIONS", there)
-    assert operations.operations_backend(celo, "cuda", "bfloat16") == "cuda"
-    for other, dtype, reason in [
-        (celo, "float64", "not float64"),
-        (replace(celo, hidden_size=33), "float32", "hidden_size 1 to 32"),
-    ]:
-        with pytest.raises(BackendError, match=reason):
-            operations.operations_backend(other, "cuda", dtype, "cuda")

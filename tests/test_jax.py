@@ -642,12 +642,17 @@ def test_bad_input_is_named():
         (lambda: tx.update(params, optimizer(statistics="lagged").init(params), params), "state.packed"),
         *[
             (lambda d=d: tx.init({"layer": {"w": jnp.ones(3, d)}}), rf"params\['layer'\]\['w'\] is {d}")
-            for d in ("bfloat16", "float16", "int32", "bool", "complex64")
+            for d in ("float8_e5m2", "int32", "bool", "complex64")
         ],
         (lambda: tx.init({"name": "resnet"}), r"params\['name'\] is str"),
         (lambda: optimizer(learning_rate=float("nan")), "learning_rate"),
         (lambda: optimizer(learning_rate="fast"), "learning_rate"),
+        (lambda: optimizer(learning_rate=-1), "learning_rate=-1: must be finite and not negative"),
+        (lambda: optimizer(learning_rate=np.float32(-0.5)), "learning_rate"),
         (lambda: optimizer(weight_decay=jnp.ones(2)), "weight_decay"),
+        (lambda: optimizer(weight_decay=-0.1), "weight_decay=-0.1: must be finite and not negative"),
+        (lambda: optimizer(weight_decay=np.array(np.inf)), "weight_decay"),
+        (lambda: lopt.learned_optimizer("adamw", -1e-3), "learning_rate=-0.001: must be finite and not"),
         (lambda: optimizer(max_grad_norm=0.0), "max_grad_norm"),
         (lambda: lopt.learned_optimizer("no_such_weights"), "no_such_weights"),
         (lambda: lopt.learned_optimizer(SPEC), "theta"),
@@ -688,7 +693,7 @@ def test_handler_refuses_calls_that_do_not_fit(monkeypatch):
 
 def test_refused_handler_falls_back_once(monkeypatch):
     """A handler that JAX rejects costs a warning, not JAX."""
-    monkeypatch.setattr(call, "choose", lambda *_: "cpu")
+    monkeypatch.setattr(call, "refusal", lambda *_: None)
     monkeypatch.setattr(call, "registration_failure", lambda *_: "rejected for the test")
     call.warn_once.cache_clear()
     spec = Spec(hidden_size=16)

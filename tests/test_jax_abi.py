@@ -69,6 +69,8 @@ CONSTANTS = {
     "kS32": "XLA_FFI_DataType_S32",
     "kS64": "XLA_FFI_DataType_S64",
     "kU8": "XLA_FFI_DataType_U8",
+    "kF16": "XLA_FFI_DataType_F16",
+    "kBF16": "XLA_FFI_DataType_BF16",
     "kF32": "XLA_FFI_DataType_F32",
     "kF64": "XLA_FFI_DataType_F64",
     "kCommandBufferCompatible": "XLA_FFI_HANDLER_TRAITS_COMMAND_BUFFER_COMPATIBLE",

@@ -65,9 +65,11 @@ def redirected(resolve):
     """`resolve` for which the CPU kernel, where it was asked for, is the GPU's custom call."""
     register()
 
-    def choose(spec, dtypes, backend):
-        choice = resolve(spec, dtypes, "cpu" if backend == "cuda" else backend)
-        return call.Choice(("cuda",), False) if choice.kernels and backend != "auto" else choice
+    def choose(spec, dtypes, backend, state_dtype=None):
+        if backend not in ("cpu", "cuda"):
+            return resolve(spec, dtypes, backend, state_dtype)
+        resolve(spec, ["float32" if d in ("bfloat16", "float16") else d for d in dtypes], "cpu")
+        return call.Choice(("cuda",), False)
 
     return choose
 
@@ -190,22 +192,17 @@ def with_gpu(monkeypatch):
     """As in a process with a GPU, as far as a program can be lowered: resolve() is the real one."""
     monkeypatch.undo()
     jax.clear_caches()
-    real = backends.choose
+    real = backends.refusal
 
-    def choose(spec, device, dtype, backend="auto", **options):
+    def refusal(backend, spec, device, dtype):
         if backend == "cuda":
-            if dtype == "float64":
-                raise BackendError("it takes float32, not float64")
-            return "cuda"
-        if device == "cuda" and backend == "auto":
-            return "reference" if dtype == "float64" else "cuda"
-        return real(spec, device, dtype, backend, **options)
+            return "it takes float32, not float64" if dtype == "float64" else None
+        return real(backend, spec, device, dtype)
 
     monkeypatch.setattr(call, "known_platforms", lambda: ["cuda", "cpu"])
-    monkeypatch.setattr(call, "choose", choose)
+    monkeypatch.setattr(call, "refusal", refusal)
     failure = call.registration_failure
     monkeypatch.setattr(call, "registration_failure", lambda name: None if name == "cuda" else failure(name))
-    return choose
 
 
 def lowered(tx, params, platform):
@@ -246,13 +243,7 @@ def test_backend_by_name(with_gpu):
 
 def test_gpu_without_a_kernel_warns_once(with_gpu, monkeypatch):
     """A GPU on which only Triton can run: nothing for JAX."""
-
-    def choose(spec, device, dtype, backend="auto", **options):
-        if backend == "cuda":
-            raise BackendError("no CUDA module for the test")
-        return "triton" if device == "cuda" else with_gpu(spec, device, dtype, backend, **options)
-
-    monkeypatch.setattr(call, "choose", choose)
+    monkeypatch.setattr(call, "refusal", lambda *_: "no CUDA module for the test")
     call.warn_once.cache_clear()
     with pytest.warns(BackendWarning, match="no CUDA module for the test"):
         text = lowered(optimizer(), {"w": jnp.ones((3, 2))}, "cuda")

@@ -23,8 +23,11 @@ pytest.importorskip("lopt_fast._native")
 import jax.numpy as jnp  # noqa: E402
 
 import lopt_fast.jax as lopt  # noqa: E402
-from lopt_fast.architectures import ARCHITECTURES, initial_theta  # noqa: E402
+from lopt_fast.architectures import ARCHITECTURES, Architecture, initial_theta  # noqa: E402
+from lopt_fast.architectures.adafactor import Adafactor  # noqa: E402
 from lopt_fast.architectures.celo import Celo  # noqa: E402
+from lopt_fast.architectures.celo2 import Celo2  # noqa: E402
+from lopt_fast.architectures.sgdm import SgdM  # noqa: E402
 from lopt_fast.backends import BackendError, BackendWarning, native  # noqa: E402
 from lopt_fast.jax import call, gpu_operations, operations  # noqa: E402
 from lopt_fast.jax.grouped import Grouped  # noqa: E402
@@ -339,7 +342,7 @@ def test_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert implementation(celo, "auto") == CustomCalls()
-    with pytest.raises(BackendError, match=r"'triton' of celo.*no custom call for its operations on triton"):
+    with pytest.raises(BackendError, match=r"'triton' of celo.*JAX has no kernels for triton"):
         implementation(celo, "triton")
     monkeypatch.setattr(gpu_operations, "refusal", lambda architecture: "there is no GPU")
     with pytest.raises(BackendError, match=r"'cuda' of celo.*there is no GPU"):
@@ -347,7 +350,7 @@ def test_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BackendError, match="'gpu': must be one of auto"):
         implementation(celo, "gpu")
     monkeypatch.setattr(call, "known_platforms", lambda: ["cuda", "cpu"])
-    with pytest.warns(BackendWarning, match="celo uses the reference.*there is no GPU"):
+    with pytest.warns(BackendWarning, match="celo on cuda uses the reference.*there is no GPU"):
         assert implementation(celo, "auto") == CustomCalls(elsewhere=True)
     assert implementation(celo, "cpu") == CustomCalls()
     monkeypatch.setattr(call, "known_platforms", lambda: ["tpu"])
@@ -364,12 +367,29 @@ def test_core_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
         assert implementation(Celo(), "auto") is Grouped
 
 
+@pytest.mark.parametrize(
+    "architecture", [SgdM(), Adafactor(), Celo2(bias_correction=True)], ids=lambda a: a.NAME
+)
+def test_array_code_has_no_backend_with_kernels(architecture: Architecture) -> None:
+    """The same answer as in PyTorch."""
+    for backend in ("cpu", "cuda"):
+        message = f"backend='{backend}' of {architecture.NAME} cannot be used: .* is plain array code"
+        with pytest.raises(BackendError, match=message):
+            implementation(architecture, backend)
+    call.warn_once.cache_clear()
+    with pytest.warns(
+        BackendWarning, match=f"{architecture.NAME} on cpu uses the reference.*plain array code"
+    ):
+        assert implementation(architecture, "auto") is Grouped
+    assert implementation(architecture, "reference") is Grouped
+
+
 def test_specification_without_a_kernel() -> None:
     """`auto` computes what it can with the kernels."""
     call.warn_once.cache_clear()
     spec = SPECS["celo"]
     wide = replace(spec, hidden_size=300)
-    architecture: Any = SimpleNamespace(NAME="wide", mlp=wide)
+    architecture: Any = SimpleNamespace(NAME="wide", mlp=wide, has_kernels=True)
     with pytest.raises(BackendError, match="hidden_size 1 to 256, not 300"):
         implementation(architecture, "cpu")
     with pytest.warns(BackendWarning, match="hidden_size 1 to 256"):

@@ -155,3 +155,130 @@ print(before, tasks())
     if before < 3:
         pytest.skip("this PyTorch does not use OpenMP")
     assert after == before
+
+
+@pytest.mark.parametrize(("pool", "threads"), [("serial", 1), ("own", 2), ("own", 4), ("openmp", 2)])
+def test_a_task_that_throws(expected: list[np.ndarray], pool: str, threads: int) -> None:
+    """The caller gets the exception, whichever task throws it, and the pool works as before."""
+    for i in range(300):
+        tasks, failing = (1, 2, 7, 40)[i % 4], (0, 1, 3, 39)[i % 4] if i % 8 else 0
+        with pytest.raises(MemoryError):
+            _module.pool_test(pool=pool, threads=threads, tasks=tasks, failing=min(failing, tasks - 1))
+        assert _module.pool_test(pool=pool, threads=threads, tasks=tasks, failing=-1) == tasks
+    assert same(run(pool, threads), expected)
+
+
+def test_openmp_with_tasks_that_throw() -> None:
+    """On the threads of PyTorch's OpenMP."""
+    pytest.importorskip("torch")
+    in_new_process("""
+import torch
+torch.ones(100_000).sum()
+module = test_pool._module
+for i in range(200):
+    try:
+        module.pool_test(pool="openmp", threads=3, tasks=20, failing=i % 20)
+    except MemoryError:
+        pass
+    else:
+        raise AssertionError(i)
+check("openmp", 3)
+""")
+
+
+# What a step allocates besides its arrays is all had before the first of them is written: with less memory than that,
+# nothing has changed. The tall matrix needs some 30 MB, the small tensors come before it.
+OUT_OF_MEMORY = """
+import resource
+import numpy as np
+from lopt_fast import native
+
+def with_little_memory(step, arrays):
+    step()  # what the first call sets up
+    before = [a.copy() for a in arrays()]
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + 10_000_000, limits[1]))
+    try:
+        step()
+    except MemoryError:
+        print("out of memory")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert test_pool.same(arrays(), before)
+    step()
+    assert not np.array_equal(arrays()[0], before[0])
+"""
+needs_limits = pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="no /proc")
+
+
+@needs_limits
+@pytest.mark.parametrize(("pool", "threads"), [("serial", 1), ("own", 2)])
+def test_out_of_memory_changes_nothing(pool: str, threads: int) -> None:
+    out = in_new_process(f"""{OUT_OF_MEMORY}
+spec, rng = test_pool.SPEC, np.random.default_rng(0)
+params = [rng.standard_normal(s, np.float32) for s in [(7, 9)] * 5 + [(300, 300), (1_000_000, 1)]]
+states = [native.init_state(spec, p) for p in params]
+def step():
+    native.small_fc_step(
+        spec, test_pool.THETA, params, params, states, t=0, pool={pool!r}, threads={threads}
+    )
+with_little_memory(step, lambda: [*params, *(s.second_moment for s in states)])
+""")
+    assert out == "out of memory\n"
+
+
+@needs_limits
+def test_out_of_memory_changes_nothing_in_torch() -> None:
+    """Of an architecture, whose steps are several operations; the number of the step included."""
+    pytest.importorskip("torch")
+    out = in_new_process(f"""{OUT_OF_MEMORY}
+import torch
+from lopt_fast.torch import LearnedOptimizer
+params = [torch.nn.Parameter(torch.randn(s)) for s in [(7, 9)] * 5 + [(300, 300), (1_000_000, 1)]]
+optimizer = LearnedOptimizer(params, "celo", backend="cpu", num_steps=10)
+for p in params:
+    p.grad = torch.randn_like(p)
+def arrays():
+    state = optimizer.state_dict()
+    shared = state["param_groups"][0].get("shared", {{}})
+    kept = [shared[k] for k in sorted(shared) if k != "num_steps"]
+    for one in state["state"].values():
+        kept += [one[k] for k in sorted(one)]
+    return [*(p.detach().numpy() for p in params), *map(np.asarray, kept)]
+with_little_memory(lambda: optimizer.step(loss=1.0), arrays)
+""")
+    assert out == "out of memory\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_first_step_in_the_child_of_a_fork() -> None:
+    """Of a process in which PyTorch has used OpenMP, and lopt_fast no pool: nothing of it but the import."""
+    pytest.importorskip("torch")
+    in_new_process("""
+import time
+import torch
+from lopt_fast.torch import LearnedOptimizer
+torch.set_num_threads(2)
+torch.ones(4_000_000).sum()
+params = [torch.nn.Parameter(torch.ones(90, 100)) for _ in range(20)]  # small: PyTorch itself hangs in such a child
+for p in params:
+    p.grad = torch.ones(90, 100)
+optimizer = LearnedOptimizer(params)
+child = os.fork()
+if not child:
+    code = 1
+    try:
+        optimizer.step(); code = 0
+    finally:
+        os._exit(code)
+for _ in range(600):
+    done, status = os.waitpid(child, os.WNOHANG)
+    if done:
+        break
+    time.sleep(0.1)
+else:
+    os.kill(child, 9)
+    raise AssertionError("the step hangs")
+assert os.waitstatus_to_exitcode(status) == 0
+""")

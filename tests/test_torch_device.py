@@ -208,7 +208,7 @@ def test_half_parameters_through_the_reference(backend: str, dtype: Any) -> None
 
 
 def test_types_of_gradients_and_parameters(backend: str) -> None:
-    with pytest.raises(ValueError, match="complex64: on cpu float32, float64, bfloat16 and float16 are"):
+    with pytest.raises(ValueError, match="complex64: float32, float64, bfloat16 and float16 are"):
         LearnedOptimizer([torch.zeros(3, dtype=torch.complex64)], CHECKPOINT)
     with pytest.raises(backends.BackendError, match="float32, bfloat16 and float16, not float64"):
         LearnedOptimizer(make_parameters(dtype=torch.float64), CHECKPOINT, backend="emulator")

@@ -88,6 +88,32 @@ def test_main_kernels_compile_for_other_targets() -> None:
     assert rows.keys() == {f"triton/{target}/{instance}" for target in OTHERS for instance in main}
 
 
+def test_captured_steps_compile_nothing() -> None:
+    """The driver forbids to load a kernel while a graph is captured: making a step loads all variants."""
+    done = run(TESTS / "triton_launches.py", PYTHONPATH=f"{TESTS.parent}{os.pathsep}{TESTS}")
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    found = json.loads(done.stdout)
+    names = run(
+        "-c", "import json, lopt_fast.kernels.small_fc_lopt.triton as k; print(json.dumps([*k.KERNELS]))"
+    )
+    assert set(found["made"]) == set(json.loads(names.stdout))
+    assert found["captured"] == []
+
+
+def test_the_fields_of_records_count_for_the_cache() -> None:
+    """Kernels that Triton has on disk from a version with another order of fields are compiled again."""
+    code = """
+import triton.language as tl, lopt_fast.kernels.common.triton as c, lopt_fast.kernels.small_fc_lopt.triton as k
+for module in (c, k) if {change} else ():
+    module._PLACES = tl.constexpr({{**module._PLACES.value, "x": 3, "batch1": 2}})
+print(c.add_tiles.cache_key, k.apply.cache_key)
+"""
+    before, again, after = (run("-c", code.format(change=change)).stdout.split() for change in (0, 0, 1))
+    assert len(before) == 2
+    assert before == again
+    assert not set(before) & set(after)
+
+
 def test_kernels_import_neither_torch_nor_jax() -> None:
     code = (
         "import sys, lopt_fast.kernels.small_fc_lopt.triton;"

@@ -657,5 +657,5 @@ def test_estimates_without_jax(tmp_path: Path) -> None:
     output = " ".join((result.stdout + result.stderr).split())
     assert result.returncode == 2, output
     assert "estimate.npz: meta-gradients are replayed in JAX, which cannot be imported" in output
-    assert "lopt-fast[jax]" in output
+    assert "pip install '.[jax]' in the source folder" in output
     assert "1 of 2 files within tolerance" in output

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import random_problem
+from recorded_graph import RecordedGraph
 from triton.runtime import interpreter
 from triton_problem import Problem
 
@@ -56,7 +57,7 @@ HARD_SHAPES = [
 
 def test_hard_shapes():
     problem = Problem(Spec(), HARD_SHAPES, groups=[i % 2 for i in range(len(HARD_SHAPES))], started=True)
-    problem.step(lrs=(0.7, 1.3), weight_decays=(0.05, 0.0))
+    problem.step(lrs=(0.7, 1.3, 9.0), weight_decays=(0.05, 0.0, 9.0))  # of the last group no tensor is here
 
 
 def test_several_tiles_and_chunks():
@@ -90,7 +91,7 @@ def test_lagged_statistics(width):
     )  # fmt: skip
     problem.step()
     problem.step([1e3 * g for g in problem.gradients()])  # a spike: columns are clipped
-    problem.step(first=False)
+    problem.step()
 
 
 def test_clipping_and_numbers_on_the_device():
@@ -267,6 +268,146 @@ def test_bad_gradients_are_refused_by_name():
         problem.kernel.step([torch.zeros(9, 3)], lrs=[1.0], weight_decays=[0.0])
     with pytest.raises(ValueError, match="2 gradients for 1"):
         problem.kernel.step([torch.zeros(3, 9)] * 2, lrs=[1.0], weight_decays=[0.0])
-    with pytest.raises(ValueError, match="2 learning rates for 1"):
-        problem.kernel.step([torch.zeros(3, 9)], lrs=[1.0] * 2, weight_decays=[0.0] * 2)
+    with pytest.raises(ValueError, match="1 learning rates and 0 weight decays for 1"):
+        problem.kernel.step([torch.zeros(3, 9)], lrs=[1.0], weight_decays=[])
+    with pytest.raises(ValueError, match="found_inf"):
+        problem.kernel.step([torch.zeros(3, 9)], lrs=[1.0], weight_decays=[0.0], found_inf=torch.zeros(2))
     assert int(problem.tensors[0].step) == 0
+
+
+# ---- captured graphs ----
+
+
+def everything(problem):
+    return [a for t in problem.tensors for a in (t.param, t.step, *t.state.values())]
+
+
+def assert_same(problem, twin):
+    for a, b in zip(everything(problem), everything(twin), strict=True):
+        assert torch.equal(a, b)
+
+
+SMALL = Spec(hidden_size=2, hidden_layers=1)
+SMALL_LAGGED = dataclasses.replace(SMALL, statistics="lagged")
+
+
+def test_a_graph_keeps_its_gradients_and_numbers():
+    """Steps between replays have other gradients and rates, and graphs of the same step too."""
+    problem, twin = (Problem(SMALL, [(6, 9)]) for _ in range(2))
+    static, others = [[g * scale for g in problem.gradients()] for scale in (1.0, -3.0)]
+    strided = [static[0].T.contiguous().T]  # goes through a copy
+    device_lr = torch.tensor(0.3)
+    kinds = {
+        "one": (strided, {"lrs": [1.0], "weight_decays": [0.1], "max_norm": 1.0}),
+        "two": (static, {"lrs": [0.25], "weight_decays": [0.1], "grad_scale": 2.0}),
+        "device": (others, {"lrs": [device_lr], "weight_decays": [0.1], "max_norm": 5.0}),
+        "eager": (others, {"lrs": [0.5], "weight_decays": [0.0]}),
+        "as two": (others, {"lrs": [0.25], "weight_decays": [0.1], "grad_scale": 2.0}),
+    }
+    graphs = {}
+
+    def step(kernel, kind):
+        grads, numbers = kinds[kind]
+        kernel.step(grads, **numbers)
+
+    def capture(kind):
+        graphs[kind] = RecordedGraph()
+        with graphs[kind].capture():
+            step(problem.kernel, kind)
+        assert_same(problem, twin)
+
+    def both(kind):
+        graphs[kind].replay() if kind in graphs else step(problem.kernel, kind)
+        step(twin.kernel, kind)
+        assert_same(problem, twin)
+
+    capture("one")  # before any step
+    both("one")
+    both("eager")
+    both("one")
+    capture("two")
+    both("as two")  # nothing of the graph has run
+    capture("device")
+    device_lr.fill_(0.6)
+    others[0].mul_(2.0)
+    for kind in ("device", "two"):
+        both(kind)
+
+
+def test_none_is_made_in_a_capture():
+    problem = Problem(SMALL, [(3, 9)])
+    with RecordedGraph().capture(), pytest.raises(RuntimeError, match="before the capture"):
+        TritonStep(problem.spec, problem.theta, problem.tensors)
+
+
+# ---- lagged statistics: launches ----
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Names of the kernels since the last look."""
+    names, launch = [], TritonStep._launch
+
+    def patched(self, kernel, *arguments):
+        names.append(kernel)
+        launch(self, kernel, *arguments)
+
+    def look():
+        found = names.copy()
+        names.clear()
+        return found
+
+    monkeypatch.setattr(TritonStep, "_launch", patched)
+    return look
+
+
+FIRST_STEPS = ["find_first_steps", "factor_statistics", "feature_statistics"]
+SMALL_AND_ONE_PASS = [
+    "move_accumulators:before", "fold_factors", "fold_network", "apply", "move_accumulators:after", "keep_statistics",
+]  # fmt: skip
+
+
+def test_steady_lagged_steps_take_one_pass(launched):
+    problem = Problem(SMALL_LAGGED, [(6, 9)])
+    grads = problem.gradients()
+    numbers = {"lrs": [1.0], "weight_decays": [0.0]}
+
+    def kernels_of_a_step(**options):
+        launched()
+        problem.kernel.step(grads, **numbers, **options)
+        return sorted(name for name in launched() if name != "set_addresses")
+
+    both, one = sorted(FIRST_STEPS + SMALL_AND_ONE_PASS), sorted(SMALL_AND_ONE_PASS)
+    assert kernels_of_a_step(found_inf=torch.ones(1)) == both
+    assert kernels_of_a_step(found_inf=torch.zeros(1)) == both  # the host has not seen that it counted
+    assert kernels_of_a_step() == both
+    assert kernels_of_a_step() == one
+    assert kernels_of_a_step(found_inf=torch.ones(1)) == one
+    graph = RecordedGraph()
+    with graph.capture():
+        problem.kernel.step(grads, **numbers)
+    launched()
+    graph.replay()  # may come after the counters were set back
+    assert sorted(name for name in launched() if name != "set_addresses") == both
+    problem.tensors[0].step.fill_(0)
+    assert kernels_of_a_step() == both
+    assert kernels_of_a_step() == one
+
+
+def test_a_tensor_may_start_again():
+    """In place, between steps and between replays, as state is set back after a warm-up."""
+    problem, twin = (Problem(SMALL_LAGGED, [(6, 9)]) for _ in range(2))
+    grads, numbers = problem.gradients(), {"lrs": [1.0], "weight_decays": [0.1]}
+    start = [a.clone() for a in everything(problem)]
+    for _ in range(2):
+        twin.kernel.step(grads, **numbers)
+        problem.kernel.step([3.0 * g for g in grads], **numbers)
+    graph = RecordedGraph()
+    with graph.capture():
+        problem.kernel.step(grads, **numbers)
+    for run in (graph.replay, lambda: problem.kernel.step(grads, **numbers)):
+        for a, b in zip(everything(problem), start, strict=True):
+            a.copy_(b)
+        run()
+        run()
+        assert_same(problem, twin)

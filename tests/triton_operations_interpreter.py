@@ -1,24 +1,40 @@
 """The Triton kernels of the operations in Triton's interpreter against their definitions in float64, on CPU tensors;
 tests/test_triton_operations.py runs this file in a process of its own, because TRITON_INTERPRET must be set before
-triton is imported.
+triton is imported. tests/gpu/test_triton_operations_gpu.py repeats these tests on a GPU.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from lopt_fast.operations import AdamScalars, Decays, ModelTensors, Reference, Result, Weights
+from lopt_fast.operations import AdamScalars, Decays, Reference
 from lopt_fast.operations.adam import ADAM_AVERAGES
-from lopt_fast.reference import TensorState
-from lopt_fast.torch.triton_operations import TritonOperations, refusal
-from tests.operations_on_devices import check_learned_optimizer, tensors_of, to_torch
+from lopt_fast.torch.triton_operations import refusal
+from tests.operations_on_devices import (
+    INTERPRETER,
+    arrays_of,
+    check,
+    check_learned_optimizer,
+    check_state_moves,
+    kernels,
+    run,
+    target,
+    tensors_of,
+    to_numpy,
+    to_torch,
+)
+from tests.test_gpu_operations import (  # noqa: F401  (these run here again)
+    test_empty_tensors_and_numbers_as_tensors,
+    test_gradients_that_are_not_finite,
+    test_nothing_is_written_where_infinities_were_found,
+    test_sixteen_bit_parameters_and_gradients,
+)
 from tests.test_native_operations import (
     SPECS,
     assert_close,
@@ -29,9 +45,9 @@ from tests.test_native_operations import (
     random_tensors,
     random_weights,
 )
-from tests.triton_interpreter import patch_each_module_once  # noqa: F401
 
-assert os.environ.get("TRITON_INTERPRET") == "1", "run through tests/test_triton_operations.py"
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from tests.triton_interpreter import patch_each_module_once  # noqa: F401
 
 SHAPES: list[tuple[int, ...]] = [
     (), (1,), (5, 1), (1, 6), (6, 6), (37,), (30, 9), (4, 4, 3, 3), (2, 2, 4, 6), (2, 1, 5, 5), (7, 72),
@@ -39,43 +55,10 @@ SHAPES: list[tuple[int, ...]] = [
 SEVERAL_TILES = (4200,)
 
 
-def arrays_of(result: Result) -> Result:
-    return Result(
-        [p.double().numpy() for p in result.outputs],
-        [TensorState(*(a.numpy() for a in state)) for state in result.states],
-        None if result.messages is None else result.messages.numpy(),
-    )
-
-
-def run(
-    spec: Any, tensors: ModelTensors, decays: Decays, weights: Weights, multiplier: Any = None,
-    found_inf: Any = None, **options: Any,
-) -> Result:  # fmt: skip
-    return TritonOperations(found_inf).element_mlp(
-        spec,
-        tensors,
-        Decays(*map(to_torch, decays)),
-        Weights(tuple(map(to_torch, weights.w)), tuple(map(to_torch, weights.b))),
-        None if multiplier is None else to_torch(multiplier),
-        **options,
-    )
-
-
-def check(
-    name: str,
-    shapes: Sequence[tuple[int, ...]],
-    per_tensor: tuple[bool, bool],
-    apply: bool = True,
-    **options: Any,
-) -> None:
-    spec = SPECS[name]
-    arrays = random_tensors(spec, shapes, "float32", apply=apply)
-    arguments = random_decays(spec), random_weights(spec, len(shapes), per_tensor)
-    multiplier = 1.0 + np.arange(len(shapes)) / 7 if per_tensor[0] else None
-    expected = Reference.element_mlp(spec, in_float64(arrays), *arguments, multiplier, **options)
-    actual = run(spec, tensors_of(arrays), *arguments, multiplier, **options)
-    shown = replace(arrays, apply=apply and not options.get("steps_only", False))
-    assert_result_close(arrays_of(actual), expected, shown, "float32", name)
+@pytest.fixture(autouse=True)
+def interpreter() -> Iterator[None]:
+    with INTERPRETER.in_use():
+        yield
 
 
 def test_celo_on_hard_shapes() -> None:
@@ -123,7 +106,7 @@ def test_statistics(moved: bool) -> None:
         p += 100.0
     decays = random_decays(spec) if moved else None
     expected = Reference.statistics(spec, in_float64(arrays), decays, 1.2)
-    actual = TritonOperations().statistics(
+    actual = kernels().statistics(
         spec, tensors_of(arrays), None if decays is None else Decays(*map(to_torch, decays)), 1.2
     )
     for name, a, e in zip(actual._fields, actual, expected, strict=True):
@@ -132,7 +115,7 @@ def test_statistics(moved: bool) -> None:
             continue
         assert a.dtype == torch.float32
         # The rounding of 100 to float32 moves a variance of 1e-4.
-        assert_close(a, e, 1e-3 if name == "parameter_variance" else 1e-5, name)
+        assert_close(to_numpy(a), e, 1e-3 if name == "parameter_variance" else 1e-5, name)
 
 
 def test_statistics_of_refused_tensors() -> None:
@@ -143,9 +126,9 @@ def test_statistics_of_refused_tensors() -> None:
     tensors.grads[1] = tensors.grads[1].T.contiguous().T  # not in the parameter's order in memory
     assert refusal(tensors.params[1], tensors.grads[1], tensors.states[1], spec) is not None
     expected = Reference.statistics(spec, in_float64(arrays), decays, 1.2)
-    actual = TritonOperations().statistics(spec, tensors, Decays(*map(to_torch, decays)), 1.2)
+    actual = kernels().statistics(spec, tensors, Decays(*map(to_torch, decays)), 1.2)
     for name, a, e in zip(actual._fields[:9], actual[:9], expected[:9], strict=True):
-        assert_close(a, e, 1e-5, name)
+        assert_close(to_numpy(a), e, 1e-5, name)
 
 
 @pytest.mark.parametrize("apply", [True, False])
@@ -154,31 +137,8 @@ def test_adam(apply: bool) -> None:
     arrays = random_tensors(ADAM_AVERAGES, shapes, "float32", apply=apply)
     scalars = random_scalars(len(shapes))
     expected = Reference.adam(in_float64(arrays), scalars, 1.2)
-    actual = TritonOperations().adam(tensors_of(arrays), AdamScalars(*map(to_torch, scalars)), 1.2)
+    actual = kernels().adam(tensors_of(arrays), AdamScalars(*map(to_torch, scalars)), 1.2)
     assert_result_close(arrays_of(actual), expected, arrays, "float32", "adam")
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bit_parameters_and_gradients(dtype: torch.dtype) -> None:
-    spec = SPECS["celo"]
-    arrays = random_tensors(spec, [(6, 5), (9,)], "float32", apply=True)
-    tensors = tensors_of(arrays, dtype)
-    rounded = replace(
-        in_float64(arrays),
-        params=[p.double().numpy() for p in tensors.params],
-        grads=[g.double().numpy() for g in tensors.grads],
-    )
-    arguments = random_decays(spec), random_weights(spec, 2, (False, False))
-    expected = Reference.element_mlp(spec, rounded, *arguments)
-    actual = run(spec, tensors, *arguments)
-    eps = torch.finfo(dtype).eps  # the interpreter truncates
-    for a, e, state, wanted in zip(
-        actual.outputs, expected.outputs, actual.states, expected.states, strict=True
-    ):
-        assert a.dtype == dtype
-        assert np.abs(a.double().numpy() - e).max() <= 1.01 * eps * np.abs(e).max()
-        for x, y in zip(state, wanted, strict=True):
-            assert_close(x, y, 1e-4)
 
 
 def test_other_orders_in_memory_and_what_is_refused() -> None:
@@ -199,77 +159,22 @@ def test_other_orders_in_memory_and_what_is_refused() -> None:
         factored_column=last(tensors.states[0].factored_column, 0, 1, 3, 2),
     )
     tensors.grads[1] = last(tensors.grads[1], 1, 0)
-    tensors.params[2] = torch.zeros(5, 12)[:, ::2].copy_(tensors.params[2])
+    tensors.params[2] = torch.zeros(5, 12, device=target().device)[:, ::2].copy_(tensors.params[2])
     reasons = [refusal(*x, spec) for x in zip(tensors.params, tensors.grads, tensors.states, strict=True)]
     assert reasons[0] is None
     assert "gradient does not lie" in str(reasons[1])
     assert "gaps in memory" in str(reasons[2])
-    assert "each matrix" in str(
-        refusal(torch.ones(2, 2, 2), torch.ones(2, 2, 2), tensors.states[0], spec, True)
-    )
+    stack = to_torch(np.ones((2, 2, 2)))
+    assert "each matrix" in str(refusal(stack, stack, tensors.states[0], spec, True))
     arguments = random_decays(spec), random_weights(spec, 3, (True, True)), np.linspace(1.0, 2.0, 3)
     expected = Reference.element_mlp(spec, in_float64(arrays), *arguments)
     actual = run(spec, tensors, *arguments)
     assert all(a is b for a, b in zip(actual.outputs, tensors.params, strict=True))
     assert_result_close(arrays_of(actual), expected, arrays, "float32", "in place")
-    found = TritonOperations().statistics(spec, tensors_of(arrays), None)
+    found = kernels().statistics(spec, tensors_of(arrays), None)
     for a, e in zip(found, Reference.statistics(spec, in_float64(arrays), None), strict=True):
         if e is not None:
-            assert_close(a, e, 1e-5)
-
-
-def test_nothing_is_written_where_infinities_were_found() -> None:
-    spec = SPECS["celo"]
-    arrays = random_tensors(spec, [(5, 6), (4,), (3, 4)], "float32", apply=True)
-    tensors = tensors_of(arrays)
-    tensors.params[2] = torch.zeros(3, 8)[:, ::2].copy_(tensors.params[2])  # through the definition
-    arguments = random_decays(spec), random_weights(spec, 3, (False, False))
-    run(spec, tensors, *arguments, found_inf=torch.ones(1))
-    adam = tensors_of(random_tensors(ADAM_AVERAGES, [(5, 6)], "float32", apply=True))
-    before = [a.clone() for a in (adam.params[0], adam.states[0].momentum)]
-    TritonOperations(torch.ones(())).adam(adam, AdamScalars(*map(to_torch, random_scalars(1))))
-    assert torch.equal(adam.params[0], before[0])
-    assert torch.equal(adam.states[0].momentum, before[1])
-    for p, q, state, old in zip(tensors.params, arrays.params, tensors.states, arrays.states, strict=True):
-        np.testing.assert_array_equal(p.numpy(), q)
-        for a, b in zip(state, old, strict=True):
-            np.testing.assert_array_equal(a.numpy(), b)
-
-
-@pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow", "ignore:divide by zero")
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_gradients_that_are_not_finite(value: float) -> None:
-    """NaN and Inf where the definitions give them, and nowhere else."""
-    spec = SPECS["celo"]
-    arrays = random_tensors(spec, [(5, 6), (7,), (4, 3)], "float32", apply=True)
-    for g in arrays.grads[:2]:
-        g.reshape(-1)[-1] = value
-    arguments = random_decays(spec), random_weights(spec, 3, (False, False))
-    expected = Reference.element_mlp(spec, in_float64(arrays), *arguments, None, 10.0)
-    actual = arrays_of(run(spec, tensors_of(arrays), *arguments, None, gradient_clip=10.0))
-    for i in range(3):
-        assert_close(actual.outputs[i], expected.outputs[i], 1e-4)
-        for a, e in zip(actual.states[i], expected.states[i], strict=True):
-            assert_close(a, e, 1e-4)
-    statistics = TritonOperations().statistics(spec, tensors_of(arrays), None)
-    for a, e in zip(statistics, Reference.statistics(spec, in_float64(arrays), None), strict=True):
-        if e is not None:
-            assert_close(a, e, 1e-4)
-
-
-def test_empty_tensors_and_numbers_as_tensors() -> None:
-    spec = SPECS["few"]
-    arrays = random_tensors(spec, [(0, 3), (2, 3)], "float32", apply=True)
-    arguments = random_decays(spec), random_weights(spec, 2, (False, False))
-    expected = Reference.element_mlp(spec, in_float64(arrays.select([1])), *arguments)
-    tensors = replace(
-        tensors_of(arrays),
-        lr=[torch.tensor(x) for x in arrays.lr],
-        grad_scale=torch.tensor(arrays.grad_scale, dtype=torch.float64),
-    )
-    actual = arrays_of(run(spec, tensors, *arguments))
-    assert actual.outputs[0].shape == (0, 3)
-    assert_close(actual.outputs[1], expected.outputs[0], 1e-5)
+            assert_close(to_numpy(a), e, 1e-5)
 
 
 def test_errors_come_before_anything_is_written() -> None:
@@ -287,15 +192,15 @@ def test_errors_come_before_anything_is_written() -> None:
     fails("multiplier", tensors, decays, weights, np.ones(3))
     fails("there are no tensors", tensors.select([]), decays, random_weights(spec, 0, (False, False)))
     with pytest.raises(ValueError, match="beta1"):
-        TritonOperations().adam(tensors, AdamScalars(*map(to_torch, random_scalars(3))))
+        kernels().adam(tensors, AdamScalars(*map(to_torch, random_scalars(3))))
     for p, q in zip(tensors.params, arrays.params, strict=True):
-        np.testing.assert_array_equal(p.numpy(), q)
+        np.testing.assert_array_equal(to_numpy(p), q)
 
 
 @pytest.mark.parametrize("name", ["celo", "rnn_fc_lopt", "nn_adam", "celo2"])
-def test_learned_optimizer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two steps through the public interface, against the definitions in float64; then one that finds an infinity."""
-    monkeypatch.setattr("lopt_fast.torch.operations.TRITON_DEVICES", ["cpu"])
-    monkeypatch.setattr("lopt_fast.torch.architecture_plan.HOST", frozenset())
-    monkeypatch.setattr("lopt_fast.torch.scalars.HOST", frozenset())
-    check_learned_optimizer(name, "triton")
+def test_learned_optimizer(name: str) -> None:
+    check_learned_optimizer(name)
+
+
+def test_state_moves_between_devices() -> None:
+    check_state_moves("nn_adam")

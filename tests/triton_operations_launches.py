@@ -48,7 +48,7 @@ def main() -> None:
     def launch(
         call: Any, kernel: Any, programs: int, constants: Any, *arguments: Any, warps: int = 4
     ) -> None:
-        chosen, options = triton_operations._common().launched(kernel, constants, warps)
+        chosen, options = triton_operations.common().launched(kernel, constants, warps)
         kernel.warmup(call.table, *arguments, grid=(programs,), **chosen, **options)
 
     with (

@@ -15,9 +15,9 @@ struct GpuAdamScalars {
 template <int E, typename Block>
 LOPT_DEVICE void adam_tile(Block& block, const OperationCall& call, const OperationRecord& r, int32_t index) {
   const OperationTile t = tile_of(r, index);
-  const GradientNumbers numbers = gradient_numbers(call);
-  const ResultNumbers result = result_numbers(call, r.tensor);
-  const GpuAdamScalars s = reinterpret_cast<const GpuAdamScalars*>(own_numbers(call))[r.tensor];
+  const GradientNumbers numbers = gradient_numbers(call, r);
+  const ResultNumbers result = result_numbers(call, r);
+  const GpuAdamScalars s = reinterpret_cast<const GpuAdamScalars*>(own_numbers(call, r))[r.tensor];
   block.each([&](int thread) {
     over_tile<E>(thread, r, t, [&](int64_t at, int64_t, int64_t) {
       float g[E], p[E], m[E], v[E], step[E];

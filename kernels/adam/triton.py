@@ -18,7 +18,7 @@ from lopt_fast.kernels.common.triton import (
 from lopt_fast.operations.adam import AdamScalars
 
 SCALARS = tl.constexpr(len(AdamScalars._fields))
-_PLACES = {name: i for i, name in enumerate(AdamScalars._fields)}
+_PLACES = tl.constexpr({name: i for i, name in enumerate(AdamScalars._fields)})
 
 BLOCK = (1024, 4)  # elements, warps
 
@@ -26,7 +26,7 @@ BLOCK = (1024, 4)  # elements, warps
 @triton.constexpr_function
 def scalar(name):
     """Place of a scalar in a tensor's row of them."""
-    return _PLACES[name]
+    return _PLACES.value[name]
 
 
 @triton.jit

@@ -87,19 +87,21 @@ LOPT_DEVICE float average(float a, float d, float x) { return (a - d * a) + d * 
 
 // ---- storage types ----
 
-LOPT_DEVICE uint16_t to_bfloat16(float x) {  // to nearest even; NaN stays NaN
+// bfloat16 of the number with these bits and `added` to them; infinity and NaN stay what they are. Without
+// branches: these would hold registers of several values at once.
+LOPT_DEVICE uint16_t cut_to_bfloat16(uint32_t bits, uint32_t added) {
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  const uint32_t sum = bits + (magnitude < 0x7f800000u ? added : 0u);
+  return uint16_t((magnitude > 0x7f800000u ? sum | 0x400000u : sum) >> 16);
+}
+LOPT_DEVICE uint16_t to_bfloat16(float x) {  // to nearest even
   const uint32_t bits = bits_of(x);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t((bits >> 16) | 0x40);
-  return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+  return cut_to_bfloat16(bits, 0x7fffu + ((bits >> 16) & 1));
 }
 // Rounds up with the probability of what is cut off, given 16 random bits. State needs that: a second
 // moment with decay 0.999 moves by about a thousandth a step, less than half of the last of bfloat16's eight
 // bits, and would stand still if rounded to nearest.
-LOPT_DEVICE uint16_t to_bfloat16(float x, uint32_t random16) {
-  const uint32_t bits = bits_of(x);
-  if ((bits & 0x7f800000u) == 0x7f800000u) return to_bfloat16(x);
-  return uint16_t((bits + random16) >> 16);
-}
+LOPT_DEVICE uint16_t to_bfloat16(float x, uint32_t random16) { return cut_to_bfloat16(bits_of(x), random16); }
 LOPT_DEVICE float from_bfloat16(uint16_t x) { return float_of(uint32_t(x) << 16); }
 
 LOPT_DEVICE float from_float16(uint16_t x) {
@@ -297,7 +299,7 @@ struct DeviceBlock {
 
 #endif
 
-// All threads of a block in turn, for the emulator.
+// The threads of a block on the processor, for the emulator: all of them in turn.
 template <typename T, int N>
 struct AllValues {
   T value[N];
@@ -315,22 +317,42 @@ struct HostWarp {
   void sync() {}
 };
 
+// Or each on its own from barrier to barrier (csrc/emulated_block.h).
+constexpr size_t kMostExchanged = 64;
+struct ThreadSwitch {
+  virtual ~ThreadSwitch() = default;
+  virtual int thread() const = 0;  // the one that is running
+  virtual void wait_block() = 0;
+  virtual void wait_warp() = 0;
+  // `all`: what the lanes of the warp give, `bytes` each.
+  virtual void exchange(const void* own, size_t bytes, void* all) = 0;
+};
+
 struct HostBlock {
   using Warp = HostWarp;
   template <typename T>
   using Threads = AllValues<T, kThreads>;
+
+  ThreadSwitch* alone = nullptr;
+
   template <typename F>
   void each(F f) {
+    if (alone) return f(alone->thread());
     for (int thread = 0; thread < kThreads; ++thread) f(thread);
   }
   template <typename F>
   void warps(F f) {
-    for (int warp = 0; warp < kWarps; ++warp) {
-      HostWarp w;
-      f(w, warp);
+    HostWarp w;
+    if (alone) {
+      alone->wait_warp();
+      if (alone->thread() % kWarpLanes == 0) f(w, alone->thread() / kWarpLanes);
+      return alone->wait_warp();
     }
+    for (int warp = 0; warp < kWarps; ++warp) f(w, warp);
   }
-  void sync() {}
+  void sync() {
+    if (alone) alone->wait_block();
+  }
 };
 
 // x[thread][i] becomes its sum over each group of `lanes` neighbours (a power of two up to 32), in every one
@@ -349,12 +371,21 @@ LOPT_DEVICE void group_sum(DeviceBlock&, OwnValue<Values<N>>& x, int lanes) {
 }
 #endif
 template <int N>
-void group_sum(HostBlock&, AllValues<Values<N>, kThreads>& x, int lanes) {
-  for (int offset = lanes / 2; offset > 0; offset /= 2) {
-    const AllValues<Values<N>, kThreads> old = x;
-    for (int thread = 0; thread < kThreads; ++thread)
-      for (int i = 0; i < N; ++i) x[thread].v[i] += old[thread ^ offset].v[i];
-  }
+void group_sum(HostBlock& block, AllValues<Values<N>, kThreads>& x, int lanes) {
+  const auto sum = [&](auto& values, int count) {
+    for (int offset = lanes / 2; offset > 0; offset /= 2) {
+      const auto old = values;
+      for (int thread = 0; thread < count; ++thread)
+        for (int i = 0; i < N; ++i) values[thread].v[i] += old[thread ^ offset].v[i];
+    }
+  };
+  if (!block.alone) return sum(x, kThreads);
+  static_assert(sizeof(Values<N>) <= kMostExchanged, "a place for each lane");
+  AllValues<Values<N>, kWarpLanes> warp;
+  Values<N>& own = x[block.alone->thread()];
+  block.alone->exchange(&own, sizeof own, &warp);
+  sum(warp, kWarpLanes);
+  own = warp[block.alone->thread() % kWarpLanes];
 }
 
 }  // namespace lopt

@@ -46,7 +46,7 @@ struct OperationRecord {
   int32_t groups, batch1, batch2;
   int32_t rows_per_tile, column_shift;  // a tile has 2^column_shift columns
   int32_t x_tiles, run_tiles;
-  int32_t tensor;           // its place among all tensors of the call
+  int32_t model, tensor;    // its place among the tensors of its model
   uint8_t storage;          // `Storage` of parameter, gradient and output
   bool factored, x_is_row;  // x_is_row: x is the axis that row accumulators keep
   bool vector;              // four elements at a time: all addresses and strides are multiples of their size
@@ -58,12 +58,12 @@ struct OperationRecord {
   float* network;
 };
 
-// A layer's (inputs, outputs) and (outputs) in device memory: of the first tensor, the others `stride`
-// numbers apart (0: all alike).
+// A layer's (inputs, outputs) and (outputs) in device memory: of the first tensor of the first model, the
+// others `stride` numbers apart (0: all alike), other models `w_model` and `b_model`.
 struct GpuMlpLayer {
   const float *w, *b;
   int64_t inputs, outputs;
-  int64_t w_stride, b_stride;
+  int64_t w_stride, b_stride, w_model, b_model;
 };
 
 struct GpuMlp {
@@ -79,22 +79,25 @@ struct GpuMlp {
   GpuMlpLayer layer[kMostGpuLayers + 1];
 };
 
-// What holds for all tensors of a call.
+// What holds for all tensors of a call. There may be several models, whose tensors are alike and whose
+// numbers are not: those of vmap in JAX.
 struct OperationCall {
-  // In device memory: 1 - decay of momenta, second moments and factored moments; scale and bound of
-  // gradients; learning rates (tensors), weight decays (tensors); then element_mlp: multipliers (tensors), if
-  // `multiplied`; adam: AdamScalars (tensors, 9).
+  // In device memory, of each model `numbers_size`: 1 - decay of momenta, second moments and factored
+  // moments; scale and bound of gradients; learning rates (tensors), weight decays (tensors); then
+  // element_mlp: multipliers (tensors), if `multiplied`; adam: AdamScalars (tensors, 9).
   const float* numbers;
   const float* found_inf;  // null, or where it is not 0 nothing is written but scratch memory and `results`
-  float* results;  // element_mlp: messages (tensors, messages); statistics: (tensors, statistics_size)
-  int32_t tensors;
+  // (models, tensors, ...): element_mlp: messages; statistics: statistics_size
+  float* results;
+  int64_t numbers_size;
+  int32_t tensors;  // of a model
   int32_t momenta, second_moments, factored_moments;
   Output output;
   bool moved;  // statistics: of the averages after this gradient
   GpuMlp mlp;
 };
 
-constexpr int kTableRecords = 128;
+constexpr int kTableRecords = 164;  // ResNet-50 has 161 tensors
 
 struct OperationLaunch {
   OperationPhase phase;
@@ -129,6 +132,8 @@ struct Item {
   int32_t index;  // of the tensor's items
 };
 LOPT_DEVICE Item item_of(const OperationLaunch& launch, int32_t block) {
+  // Pass 2 goes backwards: it and pass 3 begin where the cache still holds what the one before read last.
+  if (launch.phase == OperationPhase::column_sums) block = launch.first_item[launch.tensors] - 1 - block;
   int32_t low = 0, high = launch.tensors;  // the last tensor whose items begin at or before the block
   while (high - low > 1) {
     const int32_t middle = (low + high) / 2;
@@ -187,16 +192,23 @@ LOPT_DEVICE void over_tile(int thread, const OperationRecord& r, const Operation
 LOPT_DEVICE int32_t rates_of(const OperationCall& call) {
   return call.momenta + call.second_moments + call.factored_moments;
 }
+LOPT_DEVICE const float* numbers_of(const OperationCall& call, const OperationRecord& r) {
+  return call.numbers + r.model * call.numbers_size;
+}
 // The numbers of an operation's own.
-LOPT_DEVICE const float* own_numbers(const OperationCall& call) {
-  return call.numbers + rates_of(call) + 2 + 2 * int64_t(call.tensors);
+LOPT_DEVICE const float* own_numbers(const OperationCall& call, const OperationRecord& r) {
+  return numbers_of(call, r) + rates_of(call) + 2 + 2 * int64_t(call.tensors);
+}
+// Where the results of a tensor lie, `size` of them.
+LOPT_DEVICE float* results_of(const OperationCall& call, const OperationRecord& r, int32_t size) {
+  return call.results + (int64_t(r.model) * call.tensors + r.tensor) * size;
 }
 
 struct GradientNumbers {
   float scale, bound;
 };
-LOPT_DEVICE GradientNumbers gradient_numbers(const OperationCall& call) {
-  const float* numbers = call.numbers + rates_of(call);
+LOPT_DEVICE GradientNumbers gradient_numbers(const OperationCall& call, const OperationRecord& r) {
+  const float* numbers = numbers_of(call, r) + rates_of(call);
   return {numbers[0], numbers[1]};
 }
 
@@ -220,9 +232,9 @@ LOPT_DEVICE void load_moved(const float* array, int64_t at, float rate, const fl
 struct ResultNumbers {
   float lr, weight_decay;
 };
-LOPT_DEVICE ResultNumbers result_numbers(const OperationCall& call, int32_t tensor) {
-  const float* numbers = call.numbers + rates_of(call) + 2;
-  return {numbers[tensor], numbers[call.tensors + tensor]};
+LOPT_DEVICE ResultNumbers result_numbers(const OperationCall& call, const OperationRecord& r) {
+  const float* numbers = numbers_of(call, r) + rates_of(call) + 2;
+  return {numbers[r.tensor], numbers[call.tensors + r.tensor]};
 }
 
 // What a step gives: see `Output`.

@@ -223,8 +223,8 @@ LOPT_INLINE Vec<float> exp2(Vec<float> x) {
 #if defined(__AVX512F__)
   return (Vec<float>)_mm512_scalef_ps((__m512)y, (__m512)whole);
 #else
-  // The integer stands in the lowest bits of `shifted`; moved up, it is added to the exponent: 1.0 and 128 give
-  // infinity. A NaN may become another value here, so a caller multiplies by what is NaN with it.
+  // The integer stands in the lowest bits of `shifted`; moved up, it is added to the exponent: 1.0 and 128
+  // give infinity. A NaN may become another value here, so a caller multiplies by what is NaN with it.
   typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
   return (Vec<float>)((Int)y + ((Int)shifted << 23));
 #endif

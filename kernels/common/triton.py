@@ -1,4 +1,5 @@
-"""What the Triton kernels of the operations share: the table of tensors, tiles, gradients and running averages.
+"""What the Triton kernels share: how tensors lie and how they are cut into tiles, running averages, sums; and of the
+operations (all but kernels/small_fc_lopt, which has its own) the table of tensors, gradients and outputs.
 
 A launch takes all tensors of one `Layout`. Each is a record of the table: int64 numbers, `FIELDS`. A tensor is
 [batch0, x, batch1, y, batch2] in memory order (lopt_fast.layout.Loops): for each (batch0, batch1), a group, a matrix of
@@ -25,6 +26,11 @@ from typing import Any, Literal
 import triton
 import triton.language as tl
 
+SHAPE = (
+    "elements", "batch0", "x", "batch1", "run", "batch2", "x_size", "y_size",
+    "rows_per_tile", "x_tiles", "run_tiles", "tiles", "first_slot",
+)  # fmt: skip
+"""The first fields of every record: how the tensor lies, and its tiles. A kernel's own fields stand behind them."""
 OF_CALL = (
     "param", "grad", "output",
     "momentum", "momentum_stride", "second_moment", "second_moment_stride",  # strides: from one average to the next
@@ -32,19 +38,19 @@ OF_CALL = (
     "y_accumulator", "y_accumulator_stride",
     "lr", "weight_decay",  # places in `numbers`
 )  # fmt: skip
-"""The first fields, which may differ from call to call. Addresses are of float32 arrays but for the first three."""
+"""Fields that may differ from call to call. Addresses are of float32 arrays but for the first three."""
 FIELDS = (
+    *SHAPE,
     *OF_CALL,
     "operand",  # row of the arrays that have one for each tensor
-    "elements", "batch0", "x", "batch1", "run", "batch2", "x_size", "y_size",
-    "rows_per_tile", "x_tiles", "run_tiles", "first_slot", "tiles",
     "x_sums", "y_sums",  # (tiles along the run, x_size), (tiles along x, y_size): sums of g^2 over the other axis
     "means",  # (factored moments, batches): of the row accumulator along its axis
 )  # fmt: skip
-_PLACES = {name: i for i, name in enumerate(FIELDS)}
+# tl.constexpr: kernels in Triton's cache on disk, which are of other fields, then do not count as the same.
+_PLACES = tl.constexpr({name: i for i, name in enumerate(FIELDS)})
 
 RECORD = tl.constexpr(len(FIELDS))
-TILE_FIELDS = tl.constexpr(5)  # tensor, slot, group, tile along x, tile along the run
+TILE_FIELDS = tl.constexpr(4)  # tensor, group, tile along x, tile along the run
 GRAD_SCALE = tl.constexpr(0)  # places in `numbers`, which then has learning rates and weight decays
 GRAD_BOUND = tl.constexpr(1)
 
@@ -53,8 +59,8 @@ TYPES = ("float32", "bfloat16", "float16")
 
 @triton.constexpr_function
 def field(name):
-    """Place of `name` in a record."""
-    return _PLACES[name]
+    """Place of `name` in a record; of those in SHAPE in any record."""
+    return _PLACES.value[name]
 
 
 # ---- where things lie ----
@@ -85,17 +91,44 @@ def length(record, FIELD: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def tile_at(index, table, tiles, LENGTH: tl.constexpr):
+    """Of a tile, in a table whose records have LENGTH fields: (tensor, record, group, tile along x, tile along the
+    run)."""
+    tile = tiles + index.to(tl.int64) * TILE_FIELDS
+    tensor = tl.load(tile).to(tl.int64)
+    group, x_tile, run_tile = tl.load(tile + 1).to(tl.int64), tl.load(tile + 2), tl.load(tile + 3)
+    return tensor, table + tensor * LENGTH, group, x_tile, run_tile
+
+
+@triton.jit
+def slot_of(record, group, x_tile, run_tile):
+    """Slot of a tile: its number among all tiles."""
+    x_tiles, run_tiles = tl.load(record + field("x_tiles")), tl.load(record + field("run_tiles"))
+    return tl.load(record + field("first_slot")) + (group * x_tiles + x_tile) * run_tiles + run_tile
+
+
+@triton.jit
+def rows_of(record, x_tile):
+    """First row of a tile and the row behind its last."""
+    count = tl.load(record + field("rows_per_tile"))
+    begin = x_tile * count
+    return begin, tl.minimum(begin + count, tl.load(record + field("x")))
+
+
+@triton.jit
+def columns_of(run_tile, COLUMNS: tl.constexpr):
+    """Columns of a tile."""
+    return run_tile.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+
+
+@triton.jit
 def tile_of(table, tiles, COLUMNS: tl.constexpr):
     """Of this program's tile: (record, slot, group, tile along x, tile along the run, first row, row behind the last,
     columns)."""
-    tile = tiles + tl.program_id(0).to(tl.int64) * TILE_FIELDS
-    record = table + tl.load(tile).to(tl.int64) * RECORD
-    slot, group = tl.load(tile + 1).to(tl.int64), tl.load(tile + 2).to(tl.int64)
-    x_tile, run_tile = tl.load(tile + 3).to(tl.int64), tl.load(tile + 4).to(tl.int64)
-    count = tl.load(record + field("rows_per_tile"))
-    begin = x_tile * count
-    end = tl.minimum(begin + count, tl.load(record + field("x")))
-    return record, slot, group, x_tile, run_tile, begin, end, run_tile * COLUMNS + tl.arange(0, COLUMNS)
+    _tensor, record, group, x_tile, run_tile = tile_at(tl.program_id(0), table, tiles, RECORD)
+    begin, end = rows_of(record, x_tile)
+    slot, columns = slot_of(record, group, x_tile, run_tile), columns_of(run_tile, COLUMNS)
+    return record, slot, group, x_tile.to(tl.int64), run_tile.to(tl.int64), begin, end, columns
 
 
 @triton.jit

@@ -39,7 +39,7 @@ apply_kernel(const __grid_constant__ OperationLaunch launch) {
   DeviceBlock block;
   apply<H>(block, shared_floats(), launch, this_item(launch));
 }
-LOPT_KERNEL(8) messages_kernel(const __grid_constant__ OperationLaunch launch) {
+LOPT_KERNEL(4) messages_kernel(const __grid_constant__ OperationLaunch launch) {
   DeviceBlock block;
   messages(block, shared_floats(), launch, this_item(launch));
 }

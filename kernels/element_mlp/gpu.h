@@ -25,7 +25,7 @@ template <typename Block>
 LOPT_DEVICE void factor_sums(Block& block, FactorShared& shared, const OperationLaunch& launch, Item item) {
   const OperationRecord& r = launch.records[item.record];
   const OperationTile t = tile_of(r, item.index);
-  const GradientNumbers numbers = gradient_numbers(launch.call);
+  const GradientNumbers numbers = gradient_numbers(launch.call, r);
   const int32_t width = 1 << r.column_shift, line = width + 1;
   const int32_t most = kChunk >> r.column_shift;  // rows of a chunk
   const int32_t batch0 = t.group / r.batch1, batch1 = t.group - batch0 * r.batch1;
@@ -85,7 +85,7 @@ LOPT_DEVICE void move_axes(Block& block, const OperationLaunch& launch, Item ite
   const float others = float(along_x ? r.run / r.batch2 : r.x);
   float* const accumulator = global(along_x ? r.x_accumulator : r.y_accumulator);
   const int64_t stride = along_x ? r.x_stride : r.y_stride;
-  const float* rates = call.numbers + call.momenta + call.second_moments;
+  const float* rates = numbers_of(call, r) + call.momenta + call.second_moments;
   block.each([&](int thread) {
     const int64_t at = first + thread;
     if (at >= places) return;
@@ -186,7 +186,7 @@ LOPT_DEVICE void visit_columns(const OperationCall& call, const OperationRecord&
   const int32_t most = pairs > call.factored_moments ? pairs : call.factored_moments;
   LOPT_NO_UNROLL
   for (int32_t k = 0; k < most; ++k) {
-    const float* rates = call.numbers + k;
+    const float* rates = numbers_of(call, r) + k;
     float m[E] = {};
     if (k < call.momenta) {
       moved(r.momentum, r.momentum_stride, k, rates[0], g, m);
@@ -243,7 +243,7 @@ template <int E, typename Block>
 LOPT_DEVICE void column_sums(Block& block, float* sums, const OperationCall& call, const OperationRecord& r,
                              int32_t index) {
   const OperationTile t = tile_of(r, index);
-  const GradientNumbers numbers = gradient_numbers(call);
+  const GradientNumbers numbers = gradient_numbers(call, r);
   const GpuMlp& mlp = call.mlp;
   const int32_t count = mlp.columns + (mlp.parameter_rms ? 1 : 0);
   clear_sums(block, sums, count);
@@ -295,6 +295,13 @@ LOPT_HOST_DEVICE NetworkLayout network_layout(const GpuMlp& mlp, int32_t units) 
   return at;
 }
 
+LOPT_DEVICE const float* weights_of(const GpuMlpLayer& layer, const OperationRecord& r) {
+  return layer.w + r.model * layer.w_model + r.tensor * layer.w_stride;
+}
+LOPT_DEVICE const float* biases_of(const GpuMlpLayer& layer, const OperationRecord& r) {
+  return layer.b + r.model * layer.b_model + r.tensor * layer.b_stride;
+}
+
 template <typename Block>
 LOPT_DEVICE void fold(Block& block, float* shared, const OperationLaunch& launch, Item item) {
   const OperationCall& call = launch.call;
@@ -311,7 +318,7 @@ LOPT_DEVICE void fold(Block& block, float* shared, const OperationLaunch& launch
     const float rms = std::sqrt(scale[columns] + mlp.scale_epsilon);
     direction *= at_most(mlp.scale_cap * std::sqrt(float(r.n)), rms);
   }
-  if (mlp.multiplied) direction *= own_numbers(call)[r.tensor];
+  if (mlp.multiplied) direction *= own_numbers(call, r)[r.tensor];
   const float magnitude = mlp.exp_mult * 1.4426950408889634f;  // log2 e
   const NetworkLayout at = network_layout(mlp, units);
   float* const network = global(r.network);
@@ -319,7 +326,7 @@ LOPT_DEVICE void fold(Block& block, float* shared, const OperationLaunch& launch
     // Layer i from `inputs` to all units at w, its bias at b.
     const auto hidden = [&](int i, int32_t inputs, int32_t used, int32_t w, int32_t b) {
       const GpuMlpLayer& layer = mlp.layer[i];
-      const float *from = layer.w + r.tensor * layer.w_stride, *bias = layer.b + r.tensor * layer.b_stride;
+      const float *from = weights_of(layer, r), *bias = biases_of(layer, r);
       for (int32_t k = thread; k < (inputs + 1) * units; k += kThreads) {
         const int32_t input = k / units, unit = k - input * units;
         const bool there = unit < mlp.hidden_size;
@@ -334,7 +341,7 @@ LOPT_DEVICE void fold(Block& block, float* shared, const OperationLaunch& launch
     hidden(0, columns, columns, 0, at.b0);
     if (layers == 2) hidden(1, units, mlp.hidden_size, at.w1, at.b1);
     const GpuMlpLayer& last = mlp.layer[layers];
-    const float *from = last.w + r.tensor * last.w_stride, *bias = last.b + r.tensor * last.b_stride;
+    const float *from = weights_of(last, r), *bias = biases_of(last, r);
     if (thread < units) {
       const bool there = thread < mlp.hidden_size;
       network[at.direction + thread] = there ? from[thread * last.outputs] * direction : 0.0f;
@@ -441,8 +448,8 @@ LOPT_DEVICE void apply(Block& block, float* shared, const OperationCall& call, c
                        int32_t index) {
   const GpuMlp& mlp = call.mlp;
   const OperationTile t = tile_of(r, index);
-  const GradientNumbers numbers = gradient_numbers(call);
-  const ResultNumbers result = result_numbers(call, r.tensor);
+  const GradientNumbers numbers = gradient_numbers(call, r);
+  const ResultNumbers result = result_numbers(call, r);
   const NetworkLayout at_network = network_layout(mlp, H);
   float *const network = shared, *const hidden = shared + at_network.size;
   if (mlp.messages) clear_sums(block, hidden, H);
@@ -502,12 +509,12 @@ LOPT_DEVICE void messages(Block& block, float* shared, const OperationLaunch& la
   float* const mean = shared + mlp.units * kThreads;
   add_tiles(block, r, shared, mlp.units, [&](int32_t j, float sum) { mean[j] = sum / float(r.n); });
   const GpuMlpLayer& last = mlp.layer[mlp.hidden_layers];
-  const float *w = last.w + r.tensor * last.w_stride, *b = last.b + r.tensor * last.b_stride;
+  const float *w = weights_of(last, r), *b = biases_of(last, r);
   block.each([&](int thread) {
     for (int32_t i = thread; i < mlp.messages; i += kThreads) {
       float sum = b[2 + i];
       for (int32_t j = 0; j < mlp.hidden_size; ++j) sum += mean[j] * w[j * last.outputs + 2 + i];
-      call.results[int64_t(r.tensor) * mlp.messages + i] = sum;
+      results_of(call, r, mlp.messages)[i] = sum;
     }
   });
 }

@@ -5,6 +5,7 @@
 // this file, and nothing of the standard library is instantiated: the linker must never find two versions of
 // a function.
 #include "kernels/common/factors.h"
+#include "kernels/common/half.h"
 #include "kernels/common/simd.h"
 #include "kernels/small_fc_lopt/kernel.h"
 
@@ -98,7 +99,16 @@ LOPT_INLINE void for_each_segment(const TensorStep<T>& c, const Tile& tile, int6
       f(row, e, smaller(longest, tile.run_end - e), int64_t(1));
 }
 
-// ---- tensors whose elements do not lie in loop order ----
+// ---- tensors whose elements do not lie in loop order, or in another type than that of the arithmetic ----
+
+template <typename T>
+constexpr Dtype kDtype = sizeof(T) == sizeof(float) ? Dtype::float32 : Dtype::float64;
+
+// Whether the kernels take the elements where they lie.
+template <typename T>
+LOPT_INLINE bool direct(const View& view) {
+  return !view.strides && view.dtype == kDtype<T>;
+}
 
 // Calls f(i, offset) for elements start .. start + n of the tensor in loop order, offset as `strides` give
 // it.
@@ -124,18 +134,54 @@ LOPT_INLINE void for_each_offset(const Tensor& tensor, const int64_t* strides, i
   }
 }
 
-template <typename T>
-LOPT_INLINE const T* gather(const Tensor& tensor, const View& view, int64_t start, int64_t n, T* buffer) {
-  const T* data = static_cast<const T*>(view.data);
-  if (!view.strides) return data + start;
+// Copies elements start .. start + n to `buffer` and back. U: their type in memory.
+template <typename U>
+LOPT_INLINE void collect(const Tensor& tensor, const View& view, int64_t start, int64_t n, U* buffer) {
+  const U* data = static_cast<const U*>(view.data);
   for_each_offset(tensor, view.strides, start, n,
                   [&](int64_t i, int64_t offset) { buffer[i] = data[offset]; });
+}
+template <typename U>
+LOPT_INLINE void spread(const Tensor& tensor, const View& view, int64_t start, int64_t n, const U* buffer) {
+  U* data = static_cast<U*>(view.data);
+  for_each_offset(tensor, view.strides, start, n,
+                  [&](int64_t i, int64_t offset) { data[offset] = buffer[i]; });
+}
+
+// The same in the type of the arithmetic, for at most kSegment elements. Not inlined: what is rare shall not
+// take registers from what is not.
+template <typename T>
+__attribute__((noinline)) void read(const Tensor& tensor, const View& view, int64_t start, int64_t n,
+                                    T* buffer) {
+  if (view.dtype == kDtype<T>) return collect(tensor, view, start, n, buffer);
+  if constexpr (sizeof(T) == sizeof(float)) {
+    uint16_t stored[kSegment];
+    if (view.strides) collect(tensor, view, start, n, stored);
+    widen(view.dtype, view.strides ? stored : static_cast<const uint16_t*>(view.data) + start, n, buffer);
+  }
+}
+template <typename T>
+__attribute__((noinline)) void write(const Tensor& tensor, const View& view, int64_t start, int64_t n,
+                                     const T* buffer) {
+  if (view.dtype == kDtype<T>) return spread(tensor, view, start, n, buffer);
+  if constexpr (sizeof(T) == sizeof(float)) {
+    uint16_t stored[kSegment];
+    narrow(view.dtype, buffer, n, view.strides ? stored : static_cast<uint16_t*>(view.data) + start);
+    if (view.strides) spread(tensor, view, start, n, stored);
+  }
+}
+
+// Elements start .. start + n where they lie, or a copy of them.
+template <typename T>
+LOPT_INLINE const T* gather(const Tensor& tensor, const View& view, int64_t start, int64_t n, T* buffer) {
+  if (direct<T>(view)) return static_cast<const T*>(view.data) + start;
+  read(tensor, view, start, n, buffer);
   return buffer;
 }
 
 template <typename T>
-LOPT_INLINE bool contiguous(const TensorStep<T>& c) {
-  return !c.tensor.param.strides && !c.tensor.grad.strides && !c.tensor.output.strides;
+LOPT_INLINE bool all_direct(const TensorStep<T>& c) {
+  return direct<T>(c.tensor.param) && direct<T>(c.tensor.grad) && direct<T>(c.tensor.output);
 }
 
 // ---- pass 1 ----
@@ -192,7 +238,7 @@ void factor_statistics(const TensorStep<T>& c, int64_t index) {
   const Tile tile = tile_at(c, index);
   clear_factor_sums(c, tile);
   T buffer[kSegment];
-  const int64_t longest = c.tensor.grad.strides ? kSegment : c.tiling.run;
+  const int64_t longest = direct<T>(c.tensor.grad) ? c.tiling.run : kSegment;
   for_each_segment(c, tile, longest, false, [&](const Row& row, int64_t e, int64_t n, int64_t) {
     add_squares(c, tile, row, e, gather(c.tensor, c.tensor.grad, row.o * c.tiling.run + e, n, buffer), n);
   });
@@ -600,8 +646,7 @@ void feature_statistics_in(const TensorStep<T>& c, int64_t index) {
   SquareSums<T> sums;
   T g_buffer[kSegment], p_buffer[kSegment];
   T products[M == Mode::expanded ? kFactored * (kSegment + kPadding) : 1];
-  const bool direct = contiguous(c);
-  const int64_t longest = M == Mode::expanded || !direct ? kSegment : 8192;
+  const int64_t longest = M == Mode::expanded || !all_direct(c) ? kSegment : 8192;
   for_each_feature_segment<T, M>(c, tile, longest, products, static_cast<T*>(nullptr), kSegment + kPadding,
                                  [&](Segment<T>& s, const Row&, int64_t, int64_t n, int64_t,
                                      int64_t start) __attribute__((always_inline)) {
@@ -784,13 +829,6 @@ LOPT_INLINE void add_squares_of_rows(const TensorStep<T>& c, const Tile& tile, R
     add_squares(c, tile, row, int64_t(0), g + r * c.tiling.run, c.tiling.run);
 }
 
-template <typename T>
-LOPT_INLINE void scatter(const TensorStep<T>& c, int64_t start, int64_t n, const T* buffer) {
-  T* data = static_cast<T*>(c.tensor.output.data);
-  for_each_offset(c.tensor, c.tensor.output.strides, start, n,
-                  [&](int64_t i, int64_t offset) { data[offset] = buffer[i]; });
-}
-
 template <typename T, int H, int Layers, Mode M, bool Lagged>
 void apply_narrow(const TensorStep<T>& c, int64_t index) {
   const Tile tile = tile_at(c, index);
@@ -799,8 +837,8 @@ void apply_narrow(const TensorStep<T>& c, int64_t index) {
   T g_buffer[kSegment], p_buffer[kSegment], out_buffer[kSegment];
   constexpr int64_t stride = kSegment + kPadding;
   T products[M == Mode::expanded ? kFactored * stride : 1], biases[M == Mode::expanded ? H * stride : 1];
-  const bool direct = contiguous(c);
-  const int64_t longest = M == Mode::expanded || !direct ? kSegment : Lagged ? 2048 : 8192;
+  const bool in_place = direct<T>(c.tensor.output);
+  const int64_t longest = M == Mode::expanded || !all_direct(c) ? kSegment : Lagged ? 2048 : 8192;
   if (Lagged && c.tensor.loops.factored) clear_factor_sums(c, tile);
   for_each_feature_segment<T, M>(
       c, tile, longest, products, biases, stride,
@@ -808,7 +846,7 @@ void apply_narrow(const TensorStep<T>& c, int64_t index) {
           __attribute__((always_inline)) {
             s.g = gather(c.tensor, c.tensor.grad, start, n, g_buffer);
             s.p = gather(c.tensor, c.tensor.param, start, n, p_buffer);
-            s.out = c.tensor.output.strides ? out_buffer : static_cast<T*>(c.tensor.output.data) + start;
+            s.out = in_place ? static_cast<T*>(c.tensor.output.data) + start : out_buffer;
             if (Lagged) add_squares_of_rows(c, tile, row, e, s.g, n, rows);
             T w_factored[2 * kFactored * H];
             s.w_factored = c.w0 + fFacG * H;
@@ -831,7 +869,7 @@ void apply_narrow(const TensorStep<T>& c, int64_t index) {
             }
             apply_elements<T, H, Layers, M, Lagged>(c, rate, s, bias, n, Lagged ? &sums : nullptr);
             if (Lagged) sums.flush(n, c.features());
-            if (c.tensor.output.strides) scatter(c, start, n, out_buffer);
+            if (!in_place) write(c.tensor, c.tensor.output, start, n, out_buffer);
           });
   if (Lagged) keep_sums(c, index, sums);
 }
@@ -939,7 +977,8 @@ void apply_wide(const TensorStep<T>& c, int64_t index) {
         dense<T, false>(hidden, 2, last, c.w_out, outputs,
                         [&](int o, int64_t) __attribute__((always_inline)) { return splat(c.b_out[o]); });
 
-        T* out = c.tensor.output.strides ? out_buffer : static_cast<T*>(c.tensor.output.data) + start;
+        const bool in_place = direct<T>(c.tensor.output);
+        T* out = in_place ? static_cast<T*>(c.tensor.output.data) + start : out_buffer;
         for (i = 0; i < n; i += W) {
           const V result =
               c.param_scale * load(p_values + i) - load(outputs + i) * exp2(load(outputs + kWideStride + i));
@@ -948,7 +987,7 @@ void apply_wide(const TensorStep<T>& c, int64_t index) {
           else
             store_n<T>(out + i, result, n - i);
         }
-        if (c.tensor.output.strides) scatter(c, start, n, out_buffer);
+        if (!in_place) write(c.tensor, c.tensor.output, start, n, out_buffer);
       });
   if (Lagged) keep_sums(c, index, sums);
 }

@@ -16,10 +16,40 @@ namespace {
 template <int H>
 constexpr int kBlocks = H <= 32 ? 2 : 1;
 
+__device__ __forceinline__ int32_t unknown_zero() {
+  int32_t zero;
+  asm volatile("mov.b32 %0, 0;" : "=r"(zero));
+  return zero;
+}
+
 __device__ __forceinline__ int32_t read_acquire(const int32_t* from) {
   int32_t x;
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
   return x;
+}
+
+// After a barrier it makes known what any thread of the block has written.
+__device__ __forceinline__ void add_release(int32_t* to) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(to) : "memory");
+}
+
+// The last span that begins at or before an item, `from` being one: items of a block come in their order.
+__device__ __forceinline__ int32_t span_of(const GpuLaunch& launch, int32_t item, int32_t from) {
+  int32_t low = from, high = from + 1;
+  while (high < launch.spans && launch.span_first[high] <= uint32_t(item)) {
+    const int32_t step = 2 * (high - low);
+    low = high;
+    high += step;
+  }
+  if (high > launch.spans) high = launch.spans;
+  while (high - low > 1) {
+    const int32_t middle = (low + high) / 2;
+    if (launch.span_first[middle] <= uint32_t(item))
+      low = middle;
+    else
+      high = middle;
+  }
+  return low;
 }
 
 // Waits until the phases before `phase` are done. The last of them waited for the ones before it.
@@ -46,7 +76,7 @@ __device__ __noinline__ void run_part(Part part, int32_t item) {
   DeviceBlock block;
   auto& shared = shared_memory<Shared<H>>();
   const int32_t zero = *static_cast<const volatile int32_t*>(&shared.numbers.zero);
-  Passes<DeviceBlock, H, Part::lagged>(block, *(&shared + zero)).run(part, item);
+  Passes<DeviceBlock, H, Part::lagged>(block, *(&shared + zero)).run_item(part, item);
 }
 
 // Pass 3 on tensor cores.
@@ -58,49 +88,42 @@ __device__ __noinline__ void run_matmul(int32_t item) {
   MatmulPasses<DeviceBlock, H, Bfloat16>(block, *(&shared + zero)).apply_matmul(item);
 }
 
-// Runs the items of a launch: apply(part, index) those of pass 3.
+// Runs the items of a launch: apply(record, index) those of pass 3.
 template <int H, typename Apply>
-__device__ __forceinline__ void run_items(const GpuLaunch& launch, Apply apply) {
+__device__ __forceinline__ void run_items(const GpuLaunch& arguments, Apply apply) {
   // What is needed behind an item lies in shared memory: it would take registers from the item.
-  __shared__ int32_t taken, turn;
-  __shared__ int32_t* done;
-  if (threadIdx.x == 0) turn = 0;
+  __shared__ int32_t taken, span;
+  __shared__ int32_t* done;  // of the item before: where it is counted
+  if (threadIdx.x == 0) {
+    taken = arguments.first_item + int32_t(blockIdx.x) - int32_t(gridDim.x);
+    span = 0;
+    done = nullptr;
+  }
   for (;;) {
+    // Read again for every item: what the compiler keeps of the arguments takes registers from the item, too.
+    const GpuLaunch& launch = *(&arguments + unknown_zero());
     __syncthreads();
+    // The next item is drawn while the one before is made known to all blocks.
+    if (threadIdx.x == kWarpLanes && done) add_release(done);
     if (threadIdx.x == 0) {
-      taken = launch.first_item + (launch.step.wait ? atomicAdd(launch.step.ticket, 1)
-                                                    : int32_t(blockIdx.x + gridDim.x * turn++));
+      taken = launch.step.wait ? atomicAdd(launch.step.ticket, 1) : taken + int32_t(gridDim.x);
+      if (taken < launch.last_item) span = span_of(launch, taken, span);
     }
     __syncthreads();
-    const int32_t item = taken;
-    if (item >= launch.last_item) return;
-    int32_t low = 0, high = launch.spans;  // the last span that begins at or before the item
-    while (high - low > 1) {
-      const int32_t middle = (low + high) / 2;
-      if (launch.span_first[middle] <= uint32_t(item))
-        low = middle;
-      else
-        high = middle;
-    }
-    const int32_t what = launch.span_what[low], tensor = what / kPhases, phase = what % kPhases;
-    if (threadIdx.x == 0) {
-      if (launch.step.wait) wait_for(launch, tensor, phase);
-      done = launch.step.done + what;
+    if (taken >= launch.last_item) return;
+    const WorkItem item = item_in_span(launch, span, taken);
+    if (threadIdx.x == 0 && launch.step.wait) {
+      wait_for(launch, item.tensor, item.phase);
+      done = launch.step.done + item.tensor * kPhases + item.phase;
     }
     auto& shared = shared_memory<Shared<H>>();
     DeviceBlock block;
-    open_item(block, shared, launch, tensor, phase);
-    const int32_t index = item - int32_t(launch.span_first[low]);
-    if (gathers(shared, phase)) run_part<H>(GatherPart(), index);
-    if (phase == kApply)
-      apply(shared.record, index);
+    open_item(block, shared, launch, item);
+    if (gathers(shared, item.phase)) run_part<H>(GatherPart(), item.index);
+    if (item.phase == kApply)
+      apply(shared.record, item.index);
     else
-      call_part(phase, shared.record, [&](auto part) { run_part<H>(part, index); });
-    if (launch.step.wait) {
-      __threadfence();
-      __syncthreads();
-      if (threadIdx.x == 0) atomicAdd(done, 1);
-    }
+      call_part(item.phase, shared.record, [&](auto part) { run_part<H>(part, item.index); });
   }
 }
 

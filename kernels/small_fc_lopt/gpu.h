@@ -71,8 +71,8 @@ struct ClipRecord {
   int32_t group, begin, end;  // its tiles' sums
 };
 
-constexpr int kTableTensors = 148;
-constexpr int kTableSpans = 680;
+constexpr int kTableTensors = 152;  // as many as ViT-B/16 has; GPT-2 124M has 148
+constexpr int kTableSpans = 570;
 constexpr int kTableGroups = 512;
 
 // What holds for all items of a launch.
@@ -89,7 +89,9 @@ struct StepHeader {
   double *clip_sums, *clip_factors;
 };
 
-// The list of a launch's items consists of spans: all items of one phase of one tensor.
+// The list of a launch's items consists of spans: all items of one phase of one tensor, or (kOneEach) of
+// several that follow each other and have one each.
+constexpr int32_t kOneEach = 1 << 15;
 struct GpuLaunch {
   LaunchKind kind;
   int32_t width;  // units computed: the hidden size, padded to a power of two with units that are zero
@@ -101,9 +103,19 @@ struct GpuLaunch {
     ClipRecord groups[kTableGroups];
   };
   uint32_t span_first[kTableSpans + 1];  // first item of each span; behind them the number of items
-  uint16_t span_what[kTableSpans];       // tensor * kPhases + phase
+  uint16_t span_what[kTableSpans];       // tensor * kPhases + phase, and whether kOneEach
 };
 static_assert(sizeof(GpuLaunch) <= 32764, "a kernel's arguments");
+static_assert(kTableTensors * kPhases <= kOneEach, "span_what");
+
+struct WorkItem {
+  int32_t tensor, phase, index;
+};
+LOPT_BOTH WorkItem item_in_span(const GpuLaunch& launch, int32_t span, int32_t item) {
+  const int32_t what = launch.span_what[span], index = item - int32_t(launch.span_first[span]);
+  const int32_t tensor = what % kOneEach / kPhases, phase = what % kPhases;
+  return what & kOneEach ? WorkItem{tensor + index, phase, 0} : WorkItem{tensor, phase, index};
+}
 
 LOPT_BOTH int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 LOPT_BOTH int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -135,7 +147,7 @@ LOPT_BOTH Matrix matrix_of(const TensorRecord& r) {
 struct Tile {
   int32_t row_tile, column_tile;
   int64_t row, column;
-  int32_t rows, columns, batch0;
+  int32_t rows, columns, batch0;  // batch0: the first
 };
 LOPT_BOTH bool several(const TensorRecord& r) { return r.rows_per_tile > r.x; }
 LOPT_BOTH int32_t row_tiles_in_batch(const TensorRecord& r) {
@@ -148,7 +160,7 @@ LOPT_BOTH Tile tile_at(const TensorRecord& r, int32_t index) {
   t.column = int64_t(t.column_tile) * r.columns_per_tile;
   t.columns = int32_t(smaller(r.columns_per_tile, r.batch1 * r.y * r.batch2 - t.column));
   if (several(r)) {
-    t.batch0 = 0;
+    t.batch0 = t.row_tile * (r.rows_per_tile / int32_t(r.x));
     t.row = int64_t(t.row_tile) * r.rows_per_tile;
     t.rows = int32_t(smaller(r.rows_per_tile, r.batch0 * r.x - t.row));
     return t;
@@ -252,8 +264,8 @@ LOPT_BOTH ScratchLayout scratch_layout(const TensorRecord& r, int width) {
   return s;
 }
 
-// Items of a phase of a tensor.
-LOPT_BOTH int32_t items_of(const TensorRecord& r, int32_t phase, bool lagged) {
+// What a phase of a tensor consists of: tiles, segments, or the tensor.
+LOPT_BOTH int32_t units_of(const TensorRecord& r, int32_t phase, bool lagged) {
   if (r.row_tiles == 0) return 0;
   const int32_t tiles = r.row_tiles * r.column_tiles;
   const int32_t segments = r.x_segments + r.y_segments;
@@ -276,6 +288,23 @@ LOPT_BOTH int32_t items_of(const TensorRecord& r, int32_t phase, bool lagged) {
     default:
       return lagged ? (segments > 0 ? segments : 1) : 0;
   }
+}
+
+// An item costs a block about two microseconds beside its units: ticket, waiting, numbers of the step.
+// Where the host does not know the number of steps, passes 1 and 2 of lagged statistics have few items, so
+// that they cost next to nothing in all steps but the first. A tile of pass 1 is often 16 KiB, as long as
+// that: an item has up to four, as long as there are enough items for every block of a device.
+constexpr int32_t kFirstStepItems = 8, kLeastFactorItems = 128, kFactorTiles = 4;
+
+// Items of a phase of a tensor. Item i works on the units i, i + items, i + 2 items, ...: sums are formed by
+// unit, so that nothing but the time depends on how many items there are.
+LOPT_BOTH int32_t items_of(const TensorRecord& r, int32_t phase, bool lagged) {
+  const int32_t units = units_of(r, phase, lagged);
+  if (lagged && r.t_type != kHostScalar && (phase == kFactorSums || phase == kFeatureSums))
+    return int32_t(smaller(units, kFirstStepItems));
+  if (phase == kFactorSums)
+    return int32_t(larger(smaller(units, kLeastFactorItems), divide_up(units, kFactorTiles)));
+  return units;
 }
 
 // Offsets of the meta-parameters in the flat array (lopt_fast.reference.flatten_theta).

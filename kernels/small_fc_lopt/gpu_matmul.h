@@ -23,9 +23,10 @@ struct alignas(16) MatmulShared {
   Shared<H> base;
   MatmulNetwork<H, Bfloat16> network;
   float x[kWarps][kWarpFeatures<H>];
-  // Of each thread's parameter, while the warp needs the registers: places along x and y, value.
+  // Of each thread's parameter, while the warp needs the registers: places along x and y, value; lagged, sum
+  // of g^2 along its column.
   const float* place[2][kThreads];
-  float p[kThreads];
+  float p[kThreads], column_sum[kThreads];
 };
 
 // Puts features into the memory of the warp; lagged, clips them and adds up their squares.
@@ -82,10 +83,9 @@ struct MatmulPasses : Passes<Block, H> {
     }
     LOPT_NO_UNROLL
     for (int32_t turn = 0; turn < w.steps; ++turn) {
-      Threads<ColumnSums> column_sums;
       block.sync();  // the turn before may still be reading what lies where places along x go
       block.each([&](int thread) {
-        column_sums[thread] = {};
+        own.column_sum[thread] = 0;
         const int32_t column = column_of(w, turn, thread);
         if (r.factored && m.per_row != 1 && column < w.tile.columns)
           shared.x_in_row[0][thread] = this->x_in_row(w.tile.column + column);
@@ -95,8 +95,14 @@ struct MatmulPasses : Passes<Block, H> {
         Threads<Values<1>> row_sum;
         block.each([&](int thread) {
           row_sum[thread].v[0] = 0;
-          stage(turn, base, thread, column_sums[thread], row_sum[thread].v[0]);
+          stage(turn, base, thread, row_sum[thread].v[0]);
         });
+        if (rows) {  // before the network, which needs the registers
+          group_sum(block, row_sum, w.lanes.columns < kWarpLanes ? w.lanes.columns : kWarpLanes);
+          block.each([&](int thread) {
+            this->keep_row_sum(w, turn, base + this->row_of(w, thread), thread, row_sum[thread].v[0]);
+          });
+        }
         block.warps([&](auto& warp, int index) {
           // Its first lane is inside if any is.
           if (!inside(shared.walk, turn, base, index * kWarpLanes)) return;
@@ -118,18 +124,16 @@ struct MatmulPasses : Passes<Block, H> {
         });
         block.each([&](int thread) { write(turn, base, thread); });
         block.warps([&](auto& warp, int) { warp.sync(); });  // before features lie where outputs were
-        if (rows) {
-          group_sum(block, row_sum, w.lanes.columns < kWarpLanes ? w.lanes.columns : kWarpLanes);
-          block.each([&](int thread) {
-            this->keep_row_sum(w, turn, base + this->row_of(w, thread), thread, row_sum[thread].v[0]);
-          });
-        }
       }
-      if (columns) this->template write_column_sums<1>(w, turn, column_sums);
+      if (columns) {
+        Threads<ColumnSums> column_sums;
+        block.each([&](int thread) { column_sums[thread].v[0] = own.column_sum[thread]; });
+        this->template write_column_sums<1>(w, turn, column_sums);
+      }
     }
     if (!lagged) return;
     if (rows) this->write_row_sums(w);
-    float* out = this->scratch() + layout.feature_sums + int64_t(index) * kFeatures;
+    float* out = this->scratch() + layout.feature_sums + int64_t(w.index) * kFeatures;
     this->sum_threads(r.factored ? int(kFactoredFeatures) : int(kFeatures),
                       [&](int f, float total) { out[f] = total; });
   }
@@ -157,7 +161,7 @@ struct MatmulPasses : Passes<Block, H> {
   }
 
   // Moves a thread's parameter on, all but its value, and puts its features where the warp reads them.
-  LOPT_DEVICE void stage(int32_t turn, int32_t base, int thread, ColumnSums& column_sums, float& row_sum) {
+  LOPT_DEVICE void stage(int32_t turn, int32_t base, int thread, float& row_sum) {
     Own& own_here = *(&own + this->zero());
     Shared<H>& here = own_here.base;
     float* slot = own_here.x[thread / kWarpLanes] + thread % kWarpLanes;
@@ -178,8 +182,8 @@ struct MatmulPasses : Passes<Block, H> {
     move_inputs(here.numbers, in);
     write_state(r, here.numbers, at, in);
     const float square = in.g[0] * in.g[0];  // for lagged statistics
-    column_sums.v[0] += square;
-    row_sum += square;
+    own_here.column_sum[thread] += square;
+    row_sum = square;
     own_here.p[thread] = in.p[0];
     if (!r.factored) return stage_features<false>(here, at, in, NoScale(), slot, thread);
     typename Base::template Factors<1> factors;

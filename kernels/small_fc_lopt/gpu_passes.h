@@ -59,8 +59,9 @@ struct Numbers {
   float grad_scale;
   float momentum[kMomenta], second_moment, factored[kFactored];  // 1 - decay
   int64_t t;
-  bool first;  // t is 0
-  bool skip;   // found_inf
+  bool first;            // t is 0
+  bool skip;             // found_inf
+  int32_t phase, items;  // of the item, of its phase
   int32_t zero;
 };
 
@@ -69,6 +70,7 @@ struct Walk {
   Tile tile;
   Arrangement lanes;
   int32_t steps;  // of lanes.columns * E columns
+  int32_t index;  // of the tile; here, since it is needed again behind the loops
 };
 
 template <int H>
@@ -112,6 +114,21 @@ LOPT_DEVICE double read(const Scalar& scalar, int32_t type) {
   double value;
   memcpy(&value, &scalar.bits, sizeof value);
   return value;
+}
+
+// x, computed where it stands. Of sums in two branches the compiler makes one behind them, and keeps
+// registers for what each branch adds; what does not change in a loop it computes before, and keeps.
+LOPT_DEVICE float in_place(float x) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+f"(x));
+#endif
+  return x;
+}
+LOPT_DEVICE int in_place(int x) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
 }
 
 template <int N>
@@ -384,46 +401,71 @@ using GatherPart = Part<kPhases, false, true>;
 template <int H>
 LOPT_DEVICE bool gathers(const Shared<H>& shared, int32_t phase) {
   const TensorRecord& r = shared.record;
-  const bool lagged = shared.step.lagged;
-  const bool sums = phase == kApply ? lagged : phase == kFactorSums && (!lagged || shared.numbers.first);
+  const bool sums = phase == kFactorSums || (phase == kApply && shared.step.lagged);
   return sums && r.factored && (several(r) || shared.matrix.per_row != 1);
 }
 
-// Makes the step, the tensor and its numbers known to the whole block.
+// Makes an item known to the whole block, whose threads have left the item before. What lies in device memory
+// is read by several warps, so that it is under way at the same time.
 template <class Block, int H>
-LOPT_DEVICE void open_item(Block& block, Shared<H>& shared, const GpuLaunch& launch, int32_t tensor,
-                           int32_t phase) {
+LOPT_DEVICE void open_item(Block& block, Shared<H>& shared, const GpuLaunch& launch, const WorkItem& item) {
   static_assert(sizeof(StepHeader) % 4 == 0 && sizeof(TensorRecord) % 4 == 0, "copied by words");
   constexpr int kStepWords = sizeof(StepHeader) / 4, kWords = kStepWords + sizeof(TensorRecord) / 4;
-  static_assert(kWords <= kThreads, "a word for each thread");
-  block.sync();  // the item before may still be reading
+  static_assert(kWords <= 3 * kWarpLanes, "by the first warps");
   block.each([&](int thread) {
-    if (thread < kStepWords)
-      reinterpret_cast<Word*>(&shared.step)[thread] = reinterpret_cast<const Word*>(&launch.step)[thread];
-    else if (thread < kWords)
-      reinterpret_cast<Word*>(&shared.record)[thread - kStepWords] =
-          reinterpret_cast<const Word*>(&launch.records[tensor])[thread - kStepWords];
-  });
-  block.sync();
-  block.each([&](int thread) {
-    if (thread) return;
-    const StepHeader& step = shared.step;
-    const TensorRecord& r = shared.record;
+    const StepHeader& step = launch.step;
+    const TensorRecord& r = launch.records[item.tensor];
     Numbers& n = shared.numbers;
-    double scale = read(step.grad_scale, step.grad_scale_type);
-    if (step.divide) scale = 1.0 / scale;
-    if (r.clip_group >= 0 && phase != kClipSums) scale *= step.clip_factors[r.clip_group];
-    n.grad_scale = float(scale);
-    const float* d = r.theta + theta_of(step.hidden_size, step.hidden_layers).decays;
-    for (int k = 0; k < kMomenta; ++k) n.momentum[k] = d[k];
-    n.second_moment = d[kMomenta];
-    for (int k = 0; k < kFactored; ++k) n.factored[k] = d[kMomenta + 1 + k];
-    n.t = int64_t(read(r.t, r.t_type));
-    n.first = n.t == 0;
-    n.zero = 0;
-    n.skip = step.found_inf && *step.found_inf != 0.0f;
-    shared.matrix = matrix_of(r);
-    shared.layout = scratch_layout(r, H);
+    thread = in_place(thread);  // else registers would be held from item to item
+    const int lane = thread % kWarpLanes;
+    switch (thread / kWarpLanes) {
+      case 3:
+        if (lane == 0) {
+          double scale = read(step.grad_scale, step.grad_scale_type);
+          if (step.divide) scale = 1.0 / scale;
+          if (r.clip_group >= 0 && item.phase != kClipSums) scale *= step.clip_factors[r.clip_group];
+          n.grad_scale = float(scale);
+        }
+        break;
+      case 4:
+        if (lane <= kMomenta + kFactored) {
+          const int32_t decays = theta_of(step.hidden_size, step.hidden_layers).decays;
+          const float decay = global(r.theta)[decays + lane];
+          if (lane < kMomenta)
+            n.momentum[lane] = decay;
+          else if (lane == kMomenta)
+            n.second_moment = decay;
+          else
+            n.factored[lane - kMomenta - 1] = decay;
+        }
+        break;
+      case 5:
+        if (lane == 0) {
+          n.t = int64_t(read(r.t, r.t_type));
+          n.first = n.t == 0;
+        }
+        break;
+      case 6:
+        if (lane == 0) {
+          n.skip = step.found_inf && *step.found_inf != 0.0f;
+          n.zero = 0;
+        }
+        break;
+      case 7:
+        if (lane == 0) {
+          n.phase = item.phase;
+          n.items = items_of(r, item.phase, step.lagged);
+          shared.matrix = matrix_of(r);
+          shared.layout = scratch_layout(r, H);
+        }
+        break;
+      default:
+        if (thread < kStepWords)
+          reinterpret_cast<Word*>(&shared.step)[thread] = reinterpret_cast<const Word*>(&step)[thread];
+        else if (thread < kWords)
+          reinterpret_cast<Word*>(&shared.record)[thread - kStepWords] =
+              reinterpret_cast<const Word*>(&r)[thread - kStepWords];
+    }
   });
   block.sync();
 }
@@ -453,7 +495,23 @@ struct Passes {
         m(shared.matrix),
         layout(shared.layout) {}
 
-  // One item of a phase; `Vector` and `Factored` are the record's.
+  // The part of an item that goes over its units from `first` on.
+  template <typename Part>
+  LOPT_DEVICE void run_item(Part part, int32_t first) {
+    if constexpr (Part::phase == kFactorSums || Part::phase == kFeatureSums ||
+                  Part::phase == GatherPart::phase) {
+      const Numbers& n = shared.numbers;
+      if (step.lagged && !n.first && n.phase != kApply) return;  // they were formed in the step before
+      for (int32_t unit = first; unit < r.row_tiles * r.column_tiles; unit += n.items) {
+        run(part, unit);
+        block.sync();
+      }
+    } else {
+      run(part, first);
+    }
+  }
+
+  // One unit of a phase; `Vector` and `Factored` are the record's.
   template <int Phase, bool Vector, bool Factored>
   LOPT_DEVICE void run(Part<Phase, Vector, Factored, Lagged>, int32_t item) {
     if (shared.numbers.skip) return;
@@ -464,13 +522,12 @@ struct Passes {
     if constexpr (Phase == kClipSums) {
       clip_sums<E>(item);
     } else if constexpr (Phase == kFactorSums) {
-      if (!step.lagged || first) factor_sums<E>(item);
+      factor_sums<E>(item);
     } else if constexpr (Phase == kAxes) {
       axes(item, !step.lagged || first, true);
     } else if constexpr (Phase == kFold) {
       fold(item);
     } else if constexpr (Phase == kFeatureSums) {
-      if (step.lagged && !first) return;
       feature_sums<!Factored && Vector ? 2 : E, Factored>(back);
     } else if constexpr (Phase == kNetwork) {
       network();
@@ -486,8 +543,9 @@ struct Passes {
   }
 
  protected:
-  // 0, unknown to the compiler. Added to addresses in a loop it keeps the compiler from holding in registers
-  // what is read there, and a pointer for each stream: together these would be more than there are.
+  // 0, unknown to the compiler. Added to addresses or to the thread's number in a loop it keeps the compiler
+  // from holding in registers what is read there, and a pointer for each stream: together these would be more
+  // than there are.
   LOPT_DEVICE int32_t zero() const { return *static_cast<const volatile int32_t*>(&shared.numbers.zero); }
 
   LOPT_DEVICE float* scratch() const { return global(step.scratch) + r.scratch; }
@@ -497,6 +555,7 @@ struct Passes {
   template <int E>
   LOPT_DEVICE Walk walk_of(int32_t index) const {
     Walk w;
+    w.index = index;
     w.tile = tile_at(r, index);
     w.lanes = arrangement_of(r, E);
     w.steps = int32_t(divide_up(w.tile.columns, w.lanes.columns * E));
@@ -567,7 +626,7 @@ struct Passes {
   LOPT_DEVICE static auto* staged(S& shared, int j, int thread) {
     return shared.staged + (j * kThreads + thread) * E;
   }
-  static constexpr bool kStageFactors = Lagged ? H <= 4 : H == 8;
+  static constexpr bool kStageFactors = Lagged ? H <= 8 : H == 8;
 
   // Products of the factors, each formed when it is needed.
   template <int E, bool Staged>
@@ -601,7 +660,8 @@ struct Passes {
   // Place along y of the element `at` in row `row` of the tile; tiles may span several batch0.
   LOPT_DEVICE static const float* y_place(const Shared<H>& here, int32_t row, int64_t at) {
     const int64_t r = here.walk.tile.row + row, columns = here.matrix.columns;
-    const int64_t batch0 = several(here.record) ? r / here.record.x : here.walk.tile.batch0;
+    const int64_t batch0 =
+        here.walk.tile.batch0 + (several(here.record) ? uint32_t(row) / uint32_t(here.record.x) : 0);
     return global(here.step.scratch) + here.record.scratch + here.layout.y_places +
            (batch0 * columns + (at - r * columns)) * place_floats(H);
   }
@@ -1086,7 +1146,7 @@ struct Passes {
           a.at += w.lanes.rows * m.columns;
         }
       });
-    keep_feature_sums(index, sums);
+    keep_feature_sums(w.index, sums);
   }
 
   template <int E>
@@ -1282,7 +1342,7 @@ struct Passes {
       LOPT_UNROLL
       for (int q = 0; q < W; ++q) {
         LOPT_UNROLL
-        for (int i = 0; i < E; ++i) a[j + q][i] += b[q];
+        for (int i = 0; i < E; ++i) a[j + q][i] = in_place(a[j + q][i] + b[q]);
       }
     }
   }
@@ -1379,6 +1439,7 @@ struct Passes {
       Threads<ColumnSums<E>> column_sums;
       block.sync();  // the turn before may still be reading what lies where places along x go
       block.each([&](int thread) {
+        thread += zero();
         const Access a = access<E>(w, turn, thread);
         column[thread] = a.inside ? (turn * w.lanes.columns + (thread & (w.lanes.columns - 1))) * E : -1;
         if (Lagged) column_sums[thread] = {};
@@ -1413,6 +1474,7 @@ struct Passes {
       for (int32_t base = 0; base < w.tile.rows; base += w.lanes.rows) {
         Threads<Values<1>> row_sum;
         block.each([&](int thread) {
+          thread += zero();
           row_sum[thread].v[0] = 0;
           const int32_t row = base + row_of(w, thread);
           if (column[thread] >= 0 && row < w.tile.rows)
@@ -1435,7 +1497,7 @@ struct Passes {
         LOPT_UNROLL
         for (int f = 0; f < kFeatures; ++f) sums[thread].v[f] = shared.staged[f * kThreads + thread];
       });
-    keep_feature_sums(index, sums);
+    keep_feature_sums(w.index, sums);
   }
 
   // The elements of a thread in a row of the tile. Nothing but the arguments is kept in registers from one

@@ -337,7 +337,7 @@ LOPT_DEVICE void matmul_mlp(Warp& warp, const MatmulNetwork<H, Bfloat16>& networ
   LOPT_NO_UNROLL
   for (int tile = 0; tile < 2; tile += tiles) {
     typename Warp::template Lanes<Operand> features[tiles][2], hidden[tiles][blocks];
-    typename Warp::template Lanes<Slice> c[tiles];
+    typename Warp::template Lanes<Slice> c[tiles], units[tiles][blocks];
     struct Outputs {
       float v[2 * tiles][2];
     };
@@ -389,10 +389,18 @@ LOPT_DEVICE void matmul_mlp(Warp& warp, const MatmulNetwork<H, Bfloat16>& networ
       activate(n, layers == 1);
       warp.each([&](int lane) {
         LOPT_UNROLL
-        for (int i = 0; i < tiles; ++i) matmul::to_operand(c[i][lane], true, hidden[i][n][lane]);
+        for (int i = 0; i < tiles; ++i) units[i][n][lane] = c[i][lane];
       });
     }
     if (layers == 2) {
+      warp.sync();  // arranged (and split) no earlier: their registers are those of the features
+      warp.each([&](int lane) {
+        LOPT_UNROLL
+        for (int i = 0; i < tiles; ++i) {
+          LOPT_UNROLL
+          for (int n = 0; n < blocks; ++n) matmul::to_operand(units[i][n][lane], true, hidden[i][n][lane]);
+        }
+      });
       LOPT_NO_UNROLL
       for (int n = 0; n < blocks; ++n) {
         warp.each([&](int lane) {

@@ -3,6 +3,7 @@
 The launches of a step, in order (`lopt_fast.torch.triton` makes them; each takes all tensors of one layout and type):
 
     square_sums, clip_factors    clipping alone: sum of g^2 of every tile, then the factor
+    find_first_steps             lagged statistics alone: whether a tensor takes its first step
     factor_statistics            pass 1: sums of g^2 along both factored axes, for each tile
     move_accumulators            adds them up, moves the factored accumulators on, their sums over chunks
     fold_factors                 row and column factors, and what row and column columns add to the hidden units
@@ -10,20 +11,15 @@ The launches of a step, in order (`lopt_fast.torch.triton` makes them; each take
     fold_network                 adds them up, normalises the first layer; counts the step
     apply                        pass 3: new momentum and second moment, features, MLP, output
 
-With lagged statistics passes 1 and 2 run at a tensor's first step alone, and after `apply`, which then takes the sums
-of both, come `move_accumulators` and `keep_statistics`. No host value is read after the launch: learning rate, step
-counter, gradient scale and clipping lie on the device. Sums are in an order that the shapes fix: no atomics.
+With lagged statistics passes 1 and 2 are left out, or do nothing (their `found_inf` is what `find_first_steps` wrote),
+unless a tensor takes its first step; after `apply`, which then takes the sums of both, come `move_accumulators` and
+`keep_statistics`. No host value is read after the launch: learning rate, step counter, gradient scale and clipping lie
+on the device. Sums are in an order that the shapes fix: no atomics.
 
-A tensor is [batch0, x, batch1, y, batch2] in memory order (lopt_fast.layout.Loops). For each (batch0, batch1), a
-group, it is a matrix of x rows and run = y * batch2 columns, rows row_stride = batch1 * run elements apart; a tile is
-some rows (`rows_per_tile`) of COLUMNS columns, taken in blocks of (ROWS, COLUMNS). A tensor of rank below 2 is cut
-into rows of COLUMNS elements.
+How a tensor lies and is cut into tiles: kernels/common/triton.py, where FACTORED, GATHER, ALIGNED, ROWS and COLUMNS are
+explained too. Here FACTORED says that the rank is at least 2.
 
-Constants of a launch (tl.constexpr):
-    FACTORED                 the rank is at least 2
-    GATHER                   batch2 may be above 1: the place along x differs from column to column
-    ALIGNED                  every address, stride and length is a multiple of 16 bytes: vector loads
-    ROWS, COLUMNS            block, powers of two
+More constants of a launch (tl.constexpr):
     PARAM, GRAD, STATE       types in memory; arithmetic is in float32
     H, UNITS, LAYERS         hidden units, the same rounded up to a power of two (MATMUL: at least 16), hidden layers
     MATMUL, PRECISION        products of the network by tl.dot ("ieee": float32; "tf32x3": tensor cores, three
@@ -35,6 +31,22 @@ from typing import Any, Literal
 
 import triton
 import triton.language as tl
+from lopt_fast.kernels.common.triton import (
+    SHAPE,
+    average,
+    block_of,
+    columns_of,
+    floats,
+    folded,
+    folds,
+    launched,
+    length,
+    place_of,
+    rows_of,
+    slot_of,
+    tile_at,
+    typed,
+)
 
 from lopt_fast.reference import (
     CLIP_EPSILON,
@@ -49,6 +61,7 @@ from lopt_fast.reference import (
 from lopt_fast.spec import LAGGED_CLIP, TIMESCALES, Spec
 
 FIELDS = (
+    *SHAPE,
     "param", "output", "momentum", "momentum_stride", "second_moment",
     "x_accumulator", "y_accumulator",  # (3, x_size), (3, y_size): row and column or the other way round
     "diagonal",  # (3, elements): rank below 2
@@ -56,8 +69,7 @@ FIELDS = (
     "rates",  # index into the (lr, weight_decay) pairs of `numbers`
     "clip",  # index into `clip`
     "adds",  # 1: the output is what is to be added to the parameter
-    "elements", "batch0", "x", "batch1", "run", "batch2", "x_size", "y_size", "x_is_row",
-    "rows_per_tile", "x_tiles", "run_tiles", "first_tile", "tiles",
+    "x_is_row",
     "x_sums",  # (run_tiles, x_size) sums of g^2 over y
     "y_sums",  # (x_tiles, y_size) sums of g^2 over x
     "x_factor", "y_factor",  # (3, x_size), (3, y_size)
@@ -66,7 +78,8 @@ FIELDS = (
     "x_chunk", "x_chunks", "y_chunk", "y_chunks",  # first chunk of each axis, and how many
 )  # fmt: skip
 """A tensor in the table: one int64 each. Addresses of float32 arrays but for param, output and the two moments."""
-_PLACES = {name: i for i, name in enumerate(FIELDS)}
+# tl.constexpr: kernels in Triton's cache on disk, which are of other fields, then do not count as the same.
+_PLACES = tl.constexpr({name: i for i, name in enumerate(FIELDS)})
 
 RECORD = tl.constexpr(len(FIELDS))
 SIDE = tl.constexpr(16)  # a chunk is SIDE x SIDE entries of an accumulator
@@ -76,7 +89,6 @@ CHUNK_FIELDS = tl.constexpr(
 CHUNK_STATISTICS = tl.constexpr(
     64
 )  # 3 sums of a^2, 3 of 1 / (a + eps); from 16 on 3 x 16 sums of a along the axis
-TILE_FIELDS = tl.constexpr(4)  # tensor, group, tile along x, tile along the run
 SUMS = tl.constexpr(32)  # sums of a tile: one for each feature, padded
 
 _FIRST = {}
@@ -120,7 +132,7 @@ NAN = tl.constexpr(tl.PropagateNan.ALL)
 @triton.constexpr_function
 def field(name):
     """Place of `name` in a record."""
-    return _PLACES[name]
+    return _PLACES.value[name]
 
 
 @triton.constexpr_function
@@ -156,91 +168,6 @@ def network_at(name, UNITS):
 
 
 @triton.jit
-def _floats(record, FIELD: tl.constexpr):
-    """Address of a float32 array of the record."""
-    return tl.load(record + FIELD).to(tl.pointer_type(tl.float32))
-
-
-@triton.jit
-def _typed(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """An address as a pointer to TYPE, with the promise that it is a multiple of 16 where ALIGNED."""
-    pointer = address.to(tl.pointer_type(TYPE))
-    if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
-
-
-@triton.jit
-def _length(record, FIELD: tl.constexpr, ALIGNED: tl.constexpr):
-    """A stride or a length of the record, with the promise that it is a multiple of 8 elements where ALIGNED."""
-    length = tl.load(record + FIELD)
-    if ALIGNED:
-        length = tl.multiple_of(length, 8)
-    return length
-
-
-@triton.jit
-def _tile(table, tiles, index):
-    """(tensor, record, group, tile along x, tile along the run) of a tile."""
-    tile = tiles + index.to(tl.int64) * TILE_FIELDS
-    tensor = tl.load(tile).to(tl.int64)
-    return (
-        tensor,
-        table + tensor * RECORD,
-        tl.load(tile + 1).to(tl.int64),
-        tl.load(tile + 2),
-        tl.load(tile + 3),
-    )
-
-
-@triton.jit
-def _slot(record, group, x_tile, run_tile):
-    """Number of a tile among all tiles: its place in `sums`."""
-    x_tiles, run_tiles = tl.load(record + field("x_tiles")), tl.load(record + field("run_tiles"))
-    return tl.load(record + field("first_tile")) + (group * x_tiles + x_tile) * run_tiles + run_tile
-
-
-@triton.jit
-def _rows_of(record, x_tile):
-    """First row of a tile and the row behind its last."""
-    count = tl.load(record + field("rows_per_tile"))
-    begin = x_tile * count
-    return begin, tl.minimum(begin + count, tl.load(record + field("x")))
-
-
-@triton.jit
-def _columns_of(run_tile, COLUMNS: tl.constexpr):
-    return run_tile.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-
-
-@triton.jit
-def _place(record, group, FACTORED: tl.constexpr, ALIGNED: tl.constexpr, COLUMNS: tl.constexpr):
-    """(first element of a group, elements from one row to the next, rows, what bounds columns) for `_block`."""
-    x = tl.load(record + field("x"))
-    if FACTORED:
-        batch1, bound = tl.load(record + field("batch1")), _length(record, field("run"), ALIGNED)
-        base = (group // batch1 * (x * batch1) + group % batch1) * bound
-        stride = batch1 * bound
-        if ALIGNED:
-            base, stride = tl.multiple_of(base, 8), tl.multiple_of(stride, 8)
-    else:
-        base, stride, bound = group * 0, x * 0 + COLUMNS, _length(record, field("elements"), ALIGNED)
-    return base, stride, x, bound
-
-
-@triton.jit
-def _block(place, rows, columns, FACTORED: tl.constexpr):
-    """(offsets, mask) of the elements of a block, both (ROWS, COLUMNS)."""
-    base, stride, x, bound = place
-    offsets = base + rows[:, None] * stride + columns[None, :]
-    if FACTORED:
-        mask = (rows < x)[:, None] & (columns < bound)[None, :]
-    else:
-        mask = offsets < bound
-    return offsets, mask
-
-
-@triton.jit
 def _x_place(record, group):
     """(array place of a group's row 0, of one row more, batch2, rows) for `_along_x`."""
     x, batch1, batch2 = (
@@ -264,8 +191,8 @@ def _along_x(array, place, rows, columns, mask, GATHER: tl.constexpr):
 @triton.jit
 def _along_y(record, FIELD: tl.constexpr, group, columns, COUNT: tl.constexpr, ALIGNED: tl.constexpr):
     """COUNT arrays along y for the columns of a tile, (1, COLUMNS) each: they stay in registers."""
-    run, size = _length(record, field("run"), ALIGNED), _length(record, field("y_size"), ALIGNED)
-    array = _typed(tl.load(record + FIELD), tl.float32, ALIGNED) + group * run
+    run, size = length(record, field("run"), ALIGNED), length(record, field("y_size"), ALIGNED)
+    array = typed(record, FIELD, tl.float32, ALIGNED) + group * run
     values = ()
     for k in tl.static_range(COUNT):
         values += (tl.load(array + k * size + columns, mask=columns < run, other=0.0)[None, :],)
@@ -273,12 +200,6 @@ def _along_y(record, FIELD: tl.constexpr, group, columns, COUNT: tl.constexpr, A
 
 
 # ---- arithmetic ----
-
-
-@triton.jit
-def _average(a, d, x):
-    """Exponential moving average with d = 1 - decay, as lopt_fast.reference.accumulate."""
-    return (a - d * a) + d * x
 
 
 @triton.jit
@@ -322,10 +243,24 @@ def _grad_scale(record, numbers, clip):
     return tl.load(numbers) * tl.load(clip + tl.load(record + field("clip")))
 
 
+# ---- gradients ----
+
+
+@triton.jit(do_not_specialize=["first", "count", "a0", "a1", "a2", "a3", "a4", "a5", "a6", "a7"])
+def set_addresses(
+    to, first, count,
+    a0: tl.int64, a1: tl.int64, a2: tl.int64, a3: tl.int64, a4: tl.int64, a5: tl.int64, a6: tl.int64, a7: tl.int64,
+):  # fmt: skip
+    """to[first + i] = a_i for i < count: the addresses become part of a graph that is captured."""
+    a = (a0, a1, a2, a3, a4, a5, a6, a7)
+    for i in tl.static_range(8):
+        tl.store(to + first + i, a[i], mask=i < count)
+
+
 # ---- clipping ----
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["found_inf"])
 def square_sums(
     table, gradients, tiles, numbers, norms, found_inf,
     FACTORED: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GRAD: tl.constexpr,
@@ -333,19 +268,19 @@ def square_sums(
     """norms[slot]: sum of (grad_scale g)^2 over a tile; 0 where the tensor is not clipped."""
     if tl.load(found_inf) != 0.0:
         return
-    tensor, record, group, x_tile, run_tile = _tile(table, tiles, tl.program_id(0))
-    gradient = _typed(tl.load(gradients + tensor), GRAD, ALIGNED)
-    columns = _columns_of(run_tile, COLUMNS)
+    tensor, record, group, x_tile, run_tile = tile_at(tl.program_id(0), table, tiles, RECORD)
+    gradient = typed(gradients + tensor, 0, GRAD, ALIGNED)
+    columns = columns_of(run_tile, COLUMNS)
     scale = tl.load(numbers)
-    begin, end = _rows_of(record, x_tile)
-    place = _place(record, group, FACTORED, ALIGNED, COLUMNS)
+    begin, end = rows_of(record, x_tile)
+    place = place_of(record, group, FACTORED, ALIGNED, COLUMNS)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in range(begin, end, ROWS):
-        offsets, mask = _block(place, first + tl.arange(0, ROWS), columns, FACTORED)
+        offsets, mask = block_of(place, first + tl.arange(0, ROWS), columns, FACTORED)
         g = tl.load(gradient + offsets, mask=mask, other=0.0).to(tl.float32) * scale
         total += g * g
     result = tl.where(tl.load(record + field("clip")) != 0, tl.sum(total), 0.0)
-    tl.store(norms + _slot(record, group, x_tile, run_tile), result)
+    tl.store(norms + slot_of(record, group, x_tile, run_tile), result)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -359,13 +294,30 @@ def clip_factors(norms, count, numbers, clip, BLOCK: tl.constexpr):
     tl.store(clip + 1, tl.where(factor >= 1.0, 1.0, factor))
 
 
+# ---- lagged statistics: whether passes 1 and 2 are needed ----
+
+
+@triton.jit(do_not_specialize=["count", "found_inf"])
+def find_first_steps(table, count, found_inf, idle, BLOCK: tl.constexpr):
+    """idle: 0 where one of the `count` tensors takes its first step, which passes 1 and 2 then do for all; else 1, also
+    where `found_inf` is not 0. One program."""
+    seen = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, count, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        steps = tl.load(table + at * RECORD + field("step"), mask=at < count, other=0)
+        t = tl.load(steps.to(tl.pointer_type(tl.int64)), mask=at < count, other=1)
+        seen = tl.maximum(seen, (t == 0).to(tl.int32))
+    needed = (tl.max(seen) != 0) & (tl.load(found_inf) == 0.0)
+    tl.store(idle, tl.where(needed, 0.0, 1.0))
+
+
 # ---- pass 1 and what follows it ----
 
 
 @triton.jit
 def _store_row_sums(record, run_tile, place, rows, columns, squares, GATHER: tl.constexpr):
     """x_sums: sums of a block over y."""
-    x_sums = _floats(record, field("x_sums")) + run_tile.to(tl.int64) * tl.load(record + field("x_size"))
+    x_sums = floats(record, field("x_sums")) + run_tile.to(tl.int64) * tl.load(record + field("x_size"))
     first, stride, batch2, x = place
     entries = first + rows * stride
     if GATHER:
@@ -381,34 +333,30 @@ def _store_row_sums(record, run_tile, place, rows, columns, squares, GATHER: tl.
 @triton.jit
 def _store_column_sums(record, group, x_tile, columns, squares):
     """y_sums: sums of a tile over x, of what its blocks added up to."""
-    y_sums = _floats(record, field("y_sums")) + x_tile.to(tl.int64) * tl.load(record + field("y_size"))
+    y_sums = floats(record, field("y_sums")) + x_tile.to(tl.int64) * tl.load(record + field("y_size"))
     run = tl.load(record + field("run"))
     tl.store(y_sums + group * run + columns, tl.sum(squares, 0), mask=columns < run)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["found_inf"])
 def factor_statistics(
     table, gradients, tiles, numbers, clip, found_inf,
     GATHER: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GRAD: tl.constexpr,
-    LAGGED: tl.constexpr,
 ):  # fmt: skip
-    """Pass 1 over a tile of a factored tensor: x_sums, y_sums. With lagged statistics at the first step alone."""
+    """Pass 1 over a tile of a factored tensor: x_sums, y_sums."""
     if tl.load(found_inf) != 0.0:
         return
-    tensor, record, group, x_tile, run_tile = _tile(table, tiles, tl.program_id(0))
-    if LAGGED:
-        if tl.load(tl.load(record + field("step")).to(tl.pointer_type(tl.int64))) > 0:
-            return
-    gradient = _typed(tl.load(gradients + tensor), GRAD, ALIGNED)
-    columns = _columns_of(run_tile, COLUMNS)
+    tensor, record, group, x_tile, run_tile = tile_at(tl.program_id(0), table, tiles, RECORD)
+    gradient = typed(gradients + tensor, 0, GRAD, ALIGNED)
+    columns = columns_of(run_tile, COLUMNS)
     scale = _grad_scale(record, numbers, clip)
-    begin, end = _rows_of(record, x_tile)
-    place = _place(record, group, True, ALIGNED, COLUMNS)
+    begin, end = rows_of(record, x_tile)
+    place = place_of(record, group, True, ALIGNED, COLUMNS)
     x_place = _x_place(record, group)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in range(begin, end, ROWS):
         rows = first + tl.arange(0, ROWS)
-        offsets, mask = _block(place, rows, columns, True)
+        offsets, mask = block_of(place, rows, columns, True)
         g = tl.load(gradient + offsets, mask=mask, other=0.0).to(tl.float32) * scale
         total += g * g
         _store_row_sums(record, run_tile, x_place, rows, columns, g * g, GATHER)
@@ -442,7 +390,7 @@ def _of_axis(record, along_x, X_FIELD: tl.constexpr, Y_FIELD: tl.constexpr):
     return address.to(tl.pointer_type(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["found_inf"])
 def move_accumulators(
     table, chunks, statistics, theta, found_inf,
     H: tl.constexpr, LAYERS: tl.constexpr, UNITS: tl.constexpr, WHEN: tl.constexpr, TILES: tl.constexpr,
@@ -459,7 +407,7 @@ def move_accumulators(
     if WHEN == "before":
         moves = tl.load(tl.load(record + field("step")).to(tl.pointer_type(tl.int64))) == 0
     if WHEN == "after":
-        network = _floats(record, field("network"))
+        network = floats(record, field("network"))
         if tl.load(network + network_at("numbers", UNITS) + 2) != 0.0:
             return
     accumulator = _of_axis(record, along_x, field("x_accumulator"), field("y_accumulator"))
@@ -483,7 +431,7 @@ def move_accumulators(
     for k in tl.static_range(3):
         a = tl.load(accumulator + k * size + entries, mask=mask, other=0.0)
         if moves:
-            a = tl.where(mask, _average(a, tl.load(theta + theta_at("decays", H, LAYERS) + 4 + k), mean), 0.0)
+            a = tl.where(mask, average(a, tl.load(theta + theta_at("decays", H, LAYERS) + 4 + k), mean), 0.0)
             tl.store(accumulator + k * size + entries, a, mask=mask)
         tl.store(to + k, tl.sum(a * a))
         tl.store(to + 3 + k, tl.sum(tl.where(mask, 1.0 / (a + E_FACTOR), 0.0)))
@@ -500,7 +448,7 @@ def _time_bias(theta, t, j, H: tl.constexpr, LAYERS: tl.constexpr):
     return tl.load(theta + theta_at("b0", H, LAYERS) + j, mask=j < H, other=0.0) + tl.sum(tanh * weights)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["found_inf"])
 def fold_factors(
     table, chunks, statistics, theta, found_inf,
     H: tl.constexpr, LAYERS: tl.constexpr, UNITS: tl.constexpr, MATMUL: tl.constexpr, BLOCK: tl.constexpr,
@@ -576,9 +524,9 @@ def _rates(theta, H: tl.constexpr, LAYERS: tl.constexpr):
 @triton.jit
 def _moment_arrays(record, STATE: tl.constexpr, ALIGNED: tl.constexpr):
     """(momenta, elements from one to the next, second moment)."""
-    momentum = _typed(tl.load(record + field("momentum")), STATE, ALIGNED)
-    stride = _length(record, field("momentum_stride"), ALIGNED)
-    return momentum, stride, _typed(tl.load(record + field("second_moment")), STATE, ALIGNED)
+    momentum = typed(record, field("momentum"), STATE, ALIGNED)
+    stride = length(record, field("momentum_stride"), ALIGNED)
+    return momentum, stride, typed(record, field("second_moment"), STATE, ALIGNED)
 
 
 @triton.jit
@@ -588,27 +536,27 @@ def _moments(arrays, offsets, mask, g, rates):
     m = ()
     for k in tl.static_range(3):
         old = tl.load(momentum + k * stride + offsets, mask=mask, other=0.0).to(tl.float32)
-        m += (_average(old, rates[k], g),)
+        m += (average(old, rates[k], g),)
     v = tl.load(second_moment + offsets, mask=mask, other=0.0).to(tl.float32)
-    return m, _average(v, rates[3], g * g)
+    return m, average(v, rates[3], g * g)
 
 
 @triton.jit
 def _diagonal(record, offsets, mask, g, rates, ALIGNED: tl.constexpr):
     """The full-size accumulators of a tensor that is not factored, after gradient g."""
-    diagonal = _typed(tl.load(record + field("diagonal")), tl.float32, ALIGNED)
-    elements = _length(record, field("elements"), ALIGNED)
+    diagonal = typed(record, field("diagonal"), tl.float32, ALIGNED)
+    elements = length(record, field("elements"), ALIGNED)
     d = ()
     for k in tl.static_range(3):
         old = tl.load(diagonal + k * elements + offsets, mask=mask, other=0.0)
-        d += (_average(old, rates[4 + k], g * g + E_SQUARE),)
+        d += (average(old, rates[4 + k], g * g + E_SQUARE),)
     return d
 
 
 @triton.jit
 def _factors(record, y_factors, place, rows, columns, mask, GATHER: tl.constexpr):
     """Products of row and column factors for a block."""
-    x_factor, x_size = _floats(record, field("x_factor")), tl.load(record + field("x_size"))
+    x_factor, x_size = floats(record, field("x_factor")), tl.load(record + field("x_size"))
     f = ()
     for k in tl.static_range(3):
         f += (_along_x(x_factor + k * x_size, place, rows, columns, mask, GATHER) * y_factors[k],)
@@ -638,22 +586,19 @@ def _features(g, p, m, v, d, factors, mask, FACTORED: tl.constexpr):
 
 
 @triton.jit
-def _no_sums(ROWS: tl.constexpr, COLUMNS: tl.constexpr, FOLD: tl.constexpr, COUNT: tl.constexpr):
+def _no_sums(ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr, COUNT: tl.constexpr):
     sums = ()
     for _ in tl.static_range(COUNT):
-        sums += (tl.zeros([ROWS, COLUMNS // FOLD], tl.float32),)
+        sums += (tl.zeros([ROWS, COLUMNS // folds(ALIGNED)], tl.float32),)
     return sums
 
 
 @triton.jit
-def _add_squares(sums, x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FOLD: tl.constexpr):
-    """Adds x^2 of every feature; FOLD neighbours, which one thread holds, are added at once."""
+def _add_squares(sums, x, ALIGNED: tl.constexpr):
+    """Adds x^2 of every feature."""
     out = ()
     for f in tl.static_range(len(sums)):
-        square = x[f] * x[f]
-        if FOLD > 1:
-            square = tl.sum(tl.reshape(square, [ROWS, COLUMNS // FOLD, FOLD]), 2)
-        out += (sums[f] + square,)
+        out += (sums[f] + folded(x[f] * x[f], ALIGNED),)
     return out
 
 
@@ -666,37 +611,32 @@ def _store_sums(to, sums):
 # ---- pass 2 and what follows it ----
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["found_inf"])
 def feature_statistics(
     table, gradients, tiles, sums, theta, numbers, clip, found_inf,
     FACTORED: tl.constexpr, GATHER: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr,
-    LAGGED: tl.constexpr,
 ):  # fmt: skip
     """Pass 2 over a tile: sums[slot]. Tiles are taken backwards: the cache still holds what pass 1 read last."""
     if tl.load(found_inf) != 0.0:
         return
     last = tl.num_programs(0) - 1
-    tensor, record, group, x_tile, run_tile = _tile(table, tiles, last - tl.program_id(0))
-    if LAGGED:
-        if tl.load(tl.load(record + field("step")).to(tl.pointer_type(tl.int64))) > 0:
-            return
-    gradient = _typed(tl.load(gradients + tensor), GRAD, ALIGNED)
-    param = _typed(tl.load(record + field("param")), PARAM, ALIGNED)
-    columns = _columns_of(run_tile, COLUMNS)
+    tensor, record, group, x_tile, run_tile = tile_at(last - tl.program_id(0), table, tiles, RECORD)
+    gradient = typed(gradients + tensor, 0, GRAD, ALIGNED)
+    param = typed(record, field("param"), PARAM, ALIGNED)
+    columns = columns_of(run_tile, COLUMNS)
     scale = _grad_scale(record, numbers, clip)
     rates = _rates(theta, H, LAYERS)
-    begin, end = _rows_of(record, x_tile)
-    FOLD: tl.constexpr = 4 if ALIGNED else 1
-    total = _no_sums(ROWS, COLUMNS, FOLD, F_DIAGONAL if FACTORED else FEATURES)
-    place = _place(record, group, FACTORED, ALIGNED, COLUMNS)
+    begin, end = rows_of(record, x_tile)
+    total = _no_sums(ROWS, COLUMNS, ALIGNED, F_DIAGONAL if FACTORED else FEATURES)
+    place = place_of(record, group, FACTORED, ALIGNED, COLUMNS)
     moments = _moment_arrays(record, STATE, ALIGNED)
     if FACTORED:
         x_place = _x_place(record, group)
         y_factors = _along_y(record, field("y_factor"), group, columns, 3, ALIGNED)
     for first in range(begin, end, ROWS):
         rows = first + tl.arange(0, ROWS)
-        offsets, mask = _block(place, rows, columns, FACTORED)
+        offsets, mask = block_of(place, rows, columns, FACTORED)
         g = tl.load(gradient + offsets, mask=mask, other=0.0).to(tl.float32) * scale
         p = tl.load(param + offsets, mask=mask, other=0.0).to(tl.float32)
         m, v = _moments(moments, offsets, mask, g, rates)
@@ -705,15 +645,15 @@ def feature_statistics(
             x = _features(g, p, m, v, None, factors, mask, True)
         else:
             x = _features(g, p, m, v, _diagonal(record, offsets, mask, g, rates, ALIGNED), None, mask, False)
-        total = _add_squares(total, x, ROWS, COLUMNS, FOLD)
-    _store_sums(sums + _slot(record, group, x_tile, run_tile) * SUMS, total)
+        total = _add_squares(total, x, ALIGNED)
+    _store_sums(sums + slot_of(record, group, x_tile, run_tile) * SUMS, total)
 
 
 @triton.jit
 def _mean_squares(record, sums, BLOCK: tl.constexpr):
     """(SUMS,) mean squares of the features of a tensor: sums of all its tiles in their order."""
     f = tl.arange(0, SUMS)
-    begin, count = tl.load(record + field("first_tile")), tl.load(record + field("tiles"))
+    begin, count = tl.load(record + field("first_slot")), tl.load(record + field("tiles"))
     features = tl.where(tl.load(record + field("x_size")) != 0, F_DIAGONAL, FEATURES)
     total = tl.zeros([BLOCK, SUMS], tl.float32)
     for first in range(0, count, BLOCK):
@@ -737,7 +677,7 @@ def _column_of(f):
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["found_inf"])
 def fold_network(
     table, sums, theta, numbers, found_inf, step_mult, exp_mult, scale_epsilon,
     H: tl.constexpr, LAYERS: tl.constexpr, UNITS: tl.constexpr, LAGGED: tl.constexpr, PARAMETER_RMS: tl.constexpr,
@@ -756,14 +696,14 @@ def fold_network(
     squares = tl.zeros([SUMS], tl.float32)
     if LAGGED:
         if t > 0:
-            squares += tl.load(_floats(record, field("mean_squares")) + column, mask=used, other=0.0)
+            squares += tl.load(floats(record, field("mean_squares")) + column, mask=used, other=0.0)
         else:
             squares += _mean_squares(record, sums, BLOCK)
     else:
         squares += _mean_squares(record, sums, BLOCK)
     root = tl.sqrt(squares + E_NORMALISER)
 
-    network = _floats(record, field("network"))
+    network = floats(record, field("network"))
     tl.store(network + network_at("limit", UNITS) + f, root * BOUND)
     unit = tl.arange(0, UNITS)
     at = column[:, None] * H + unit[None, :]
@@ -801,14 +741,14 @@ def fold_network(
     tl.store(step, t + 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["found_inf"])
 def keep_statistics(table, sums, found_inf, BLOCK: tl.constexpr):
     """mean_squares for the next step, from the sums that `apply` took (lagged statistics)."""
     if tl.load(found_inf) != 0.0:
         return
     record = table + tl.program_id(0).to(tl.int64) * RECORD
     squares = _mean_squares(record, sums, BLOCK)
-    mean_squares = _floats(record, field("mean_squares"))
+    mean_squares = floats(record, field("mean_squares"))
     f = tl.arange(0, SUMS)
     column = _column_of(f)
     tl.store(mean_squares + column, squares, mask=f < F_DIAGONAL)
@@ -839,11 +779,11 @@ def _first_biases(
     """What the hidden units of the first layer start from: time, row and column columns and the bias."""
     a = ()
     if FACTORED:
-        x_bias, x_size = _floats(record, field("x_bias")), tl.load(record + field("x_size"))
+        x_bias, x_size = floats(record, field("x_bias")), tl.load(record + field("x_size"))
         for j in tl.static_range(H):
             a += (_along_x(x_bias + j * x_size, place, rows, columns, mask, GATHER) + y_biases[j],)
     else:
-        b0 = _floats(record, field("network")) + network_at("b0", UNITS)
+        b0 = floats(record, field("network")) + network_at("b0", UNITS)
         for j in tl.static_range(H):
             a += (tl.zeros(mask.shape, tl.float32) + tl.load(b0 + j),)
     return a
@@ -913,12 +853,12 @@ def _matmul_network(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(direction, magnitude) of a block, by products of (elements, features) and (features, units) matrices."""
-    network = _floats(record, field("network"))
+    network = floats(record, field("network"))
     unit = tl.arange(0, UNITS)
     k = tl.arange(0, 16)
     M: tl.constexpr = rows.shape[0] * columns.shape[0]
     if FACTORED:
-        x_bias, y_bias = _floats(record, field("x_bias")), _floats(record, field("y_bias"))
+        x_bias, y_bias = floats(record, field("x_bias")), floats(record, field("y_bias"))
         first, stride, batch2, x_rows = place
         run = tl.load(record + field("run"))
         x_entries, y_entries = first + rows * stride, group * run + columns
@@ -958,27 +898,7 @@ def _matmul_network(
     return tl.reshape(direction, mask.shape), tl.reshape(magnitude, mask.shape)
 
 
-@triton.jit(do_not_specialize=["first", "count"])
-def set_addresses(
-    to,
-    first,
-    count,
-    a0: tl.int64,
-    a1: tl.int64,
-    a2: tl.int64,
-    a3: tl.int64,
-    a4: tl.int64,
-    a5: tl.int64,
-    a6: tl.int64,
-    a7: tl.int64,
-):
-    """to[first + i] = a_i for i < count: writes addresses without a copy from the host."""
-    a = (a0, a1, a2, a3, a4, a5, a6, a7)
-    for i in tl.static_range(8):
-        tl.store(to + first + i, a[i], mask=i < count)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["found_inf"])
 def apply(
     table, gradients, tiles, sums, theta, numbers, clip, found_inf,
     FACTORED: tl.constexpr, GATHER: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -989,22 +909,21 @@ def apply(
     """Pass 3 over a tile. With lagged statistics it clips the features and takes the sums of passes 1 and 2."""
     if tl.load(found_inf) != 0.0:
         return
-    tensor, record, group, x_tile, run_tile = _tile(table, tiles, tl.program_id(0))
-    gradient = _typed(tl.load(gradients + tensor), GRAD, ALIGNED)
-    param = _typed(tl.load(record + field("param")), PARAM, ALIGNED)
-    output = _typed(tl.load(record + field("output")), PARAM, ALIGNED)
-    network = _floats(record, field("network"))
+    tensor, record, group, x_tile, run_tile = tile_at(tl.program_id(0), table, tiles, RECORD)
+    gradient = typed(gradients + tensor, 0, GRAD, ALIGNED)
+    param = typed(record, field("param"), PARAM, ALIGNED)
+    output = typed(record, field("output"), PARAM, ALIGNED)
+    network = floats(record, field("network"))
     param_scale = tl.load(network + network_at("numbers", UNITS))
     seed = tl.load(network + network_at("numbers", UNITS) + 1).to(tl.int32, bitcast=True)
-    columns = _columns_of(run_tile, COLUMNS)
+    columns = columns_of(run_tile, COLUMNS)
     scale = _grad_scale(record, numbers, clip)
     rates = _rates(theta, H, LAYERS)
-    begin, end = _rows_of(record, x_tile)
-    FOLD: tl.constexpr = 4 if ALIGNED else 1
+    begin, end = rows_of(record, x_tile)
     if LAGGED:
-        total = _no_sums(ROWS, COLUMNS, FOLD, F_DIAGONAL if FACTORED else FEATURES)
+        total = _no_sums(ROWS, COLUMNS, ALIGNED, F_DIAGONAL if FACTORED else FEATURES)
         g_squares = tl.zeros([ROWS, COLUMNS], tl.float32)
-    place = _place(record, group, FACTORED, ALIGNED, COLUMNS)
+    place = place_of(record, group, FACTORED, ALIGNED, COLUMNS)
     moments = _moment_arrays(record, STATE, ALIGNED)
     momentum, stride, second_moment = moments
     x_place, y_biases = None, None
@@ -1015,7 +934,7 @@ def apply(
             y_biases = _along_y(record, field("y_bias"), group, columns, H, ALIGNED)
     for first in range(begin, end, ROWS):
         rows = first + tl.arange(0, ROWS)
-        offsets, mask = _block(place, rows, columns, FACTORED)
+        offsets, mask = block_of(place, rows, columns, FACTORED)
         g = tl.load(gradient + offsets, mask=mask, other=0.0).to(tl.float32) * scale
         p = tl.load(param + offsets, mask=mask, other=0.0).to(tl.float32)
         m, v = _moments(moments, offsets, mask, g, rates)
@@ -1030,13 +949,13 @@ def apply(
             x = _features(g, p, m, v, None, factors, mask, True)
         else:
             d = _diagonal(record, offsets, mask, g, rates, ALIGNED)
-            diagonal = _typed(tl.load(record + field("diagonal")), tl.float32, ALIGNED)
-            elements = _length(record, field("elements"), ALIGNED)
+            diagonal = typed(record, field("diagonal"), tl.float32, ALIGNED)
+            elements = length(record, field("elements"), ALIGNED)
             for k in tl.static_range(3):
                 tl.store(diagonal + k * elements + offsets, d[k], mask=mask)
             x = _features(g, p, m, v, d, None, mask, False)
         if LAGGED:
-            total = _add_squares(total, x, ROWS, COLUMNS, FOLD)
+            total = _add_squares(total, x, ALIGNED)
             if FACTORED:
                 g_squares += g * g
                 _store_row_sums(record, run_tile, x_place, rows, columns, g * g, GATHER)
@@ -1070,7 +989,7 @@ def apply(
         result = param_scale * p - direction * tl.exp2(magnitude)
         tl.store(output + offsets, result.to(PARAM), mask=mask)
     if LAGGED:
-        _store_sums(sums + _slot(record, group, x_tile, run_tile) * SUMS, total)
+        _store_sums(sums + slot_of(record, group, x_tile, run_tile) * SUMS, total)
         if FACTORED:
             _store_column_sums(record, group, x_tile, columns, g_squares)
 
@@ -1121,26 +1040,14 @@ def default_precision(backend: str) -> str:
     return "tf32x3" if backend == "cuda" else "ieee"
 
 
-def layout_columns(run: int) -> int:
-    """COLUMNS for rows of `run` elements."""
-    return 16 if run <= 32 else 64
-
-
-def rows_per_tile(elements: int, columns: int) -> int:
-    """Rows of a tile. Many rows make for few partial sums, few rows for many tiles; the shape alone decides."""
-    rows = 256 if elements >= 1 << 22 else 128 if elements >= 1 << 19 else 64
-    return rows * (64 // columns)
-
-
 def instance(kernel: str, layout: Layout | None, network: Network) -> tuple[dict[str, Any], dict[str, Any]]:
     """(constants, options) with which `kernel` is launched for tensors of a layout."""
-    # One stage: loads are not staged in shared memory.
-    options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+    warps = 4
     if layout is None:
-        sizes = {"clip_factors": 1024, "fold_factors": 64, "fold_network": 64, "keep_statistics": 64}
-        constants: dict[str, Any] = {"BLOCK": sizes.get(kernel), "TILES": 8}
+        sizes = {"clip_factors": 1024, "find_first_steps": 256}
+        constants: dict[str, Any] = {"BLOCK": sizes.get(kernel, 64), "TILES": 8}
     else:
-        block, options["num_warps"] = block_elements(kernel, layout, network)
+        block, warps = block_elements(kernel, layout, network)
         constants = {
             "FACTORED": layout.place != "vector",
             "GATHER": layout.place == "gathered",
@@ -1159,8 +1066,7 @@ def instance(kernel: str, layout: Layout | None, network: Network) -> tuple[dict
         "MATMUL": network.matmul,
         "PRECISION": network.precision,
     }
-    names = KERNELS[kernel].arg_names
-    return {name: value for name, value in constants.items() if name in names}, options
+    return launched(KERNELS[kernel], constants, warps)
 
 
 def block_elements(kernel: str, layout: Layout, network: Network) -> tuple[int, int]:
@@ -1201,7 +1107,7 @@ def example_shape(layout: Layout) -> tuple[int, ...]:
 KERNELS = {
     kernel.__name__: kernel
     for kernel in (
-        square_sums, clip_factors, factor_statistics, move_accumulators, fold_factors, feature_statistics,
-        fold_network, keep_statistics, apply, set_addresses,
+        set_addresses, square_sums, clip_factors, find_first_steps, factor_statistics, move_accumulators, fold_factors,
+        feature_statistics, fold_network, apply, keep_statistics,
     )
 }  # fmt: skip

@@ -79,7 +79,7 @@ template <int E, typename Block>
 LOPT_DEVICE void spreads_of_tile(Block& block, float* shared, const OperationCall& call,
                                  const OperationRecord& r, int32_t index) {
   const OperationTile t = tile_of(r, index);
-  const GradientNumbers numbers = gradient_numbers(call);
+  const GradientNumbers numbers = gradient_numbers(call, r);
   const ThreadSpreads spreads = thread_spreads(shared, call);
   const int32_t quantities = quantities_of(call);
   block.each([&](int thread) {
@@ -100,7 +100,7 @@ LOPT_DEVICE void spreads_of_tile(Block& block, float* shared, const OperationCal
       for (int32_t k = 0; k < call.momenta; ++k) {
         const float* array = r.momentum + k * r.momentum_stride;
         if (call.moved)
-          load_moved<E>(array, at, call.numbers[k], g, x);
+          load_moved<E>(array, at, numbers_of(call, r)[k], g, x);
         else
           load<E>(array, Storage::float32, at, x);
         add(3 + k, x);
@@ -110,7 +110,7 @@ LOPT_DEVICE void spreads_of_tile(Block& block, float* shared, const OperationCal
       for (int32_t k = 0; k < call.second_moments; ++k) {
         const float* array = r.second_moment + k * r.second_moment_stride;
         if (call.moved)
-          load_moved<E>(array, at, call.numbers[call.momenta + k], g, x);
+          load_moved<E>(array, at, numbers_of(call, r)[call.momenta + k], g, x);
         else
           load<E>(array, Storage::float32, at, x);
         add(3 + call.momenta + k, x);
@@ -162,7 +162,7 @@ LOPT_DEVICE void merge(Block& block, float* shared, const OperationLaunch& launc
     if (thread >= quantities) return;
     const GpuSpread spread = spreads.get(thread, 0);
     const float variance = spread.squares / spread.count;
-    float* const to = call.results + int64_t(r.tensor) * statistics_size(call);
+    float* const to = results_of(call, r, statistics_size(call));
     if (thread < 3) {
       to[2 * thread] = spread.count > 0.0f ? spread.mean : variance;  // nothing: NaN
       if (thread < 2) to[2 * thread + 1] = variance;

@@ -20,6 +20,7 @@ import numpy as np
 
 from ..architectures import ARCHITECTURES, Architecture, initial_theta
 from ..checkpoint import Checkpoint
+from ..errors import install
 from . import BenchmarkError, workloads
 from .timing import no_garbage_collection, paired_ratio, summarise
 
@@ -48,9 +49,7 @@ def use_torch(threads: int) -> None:
     try:
         import torch
     except ImportError as error:
-        raise BenchmarkError(
-            f"PyTorch cannot be imported ({error}): pip install 'lopt-fast[torch]'"
-        ) from error
+        raise BenchmarkError(f"PyTorch cannot be imported ({error}): {install('torch')}") from error
     torch.set_num_threads(threads)
 
 

@@ -12,6 +12,7 @@ import typer
 from rich.markdown import Markdown
 
 from ..backends import choose
+from ..errors import install
 from ..spec import Spec, Statistics
 from ..terminal import errors, stderr, stdout
 from . import (
@@ -138,7 +139,7 @@ def _plot(draw: Callable[[Mapping[str, Any], Path], None], record: Mapping[str, 
         draw(record, target)
         typer.echo(f"plot: {target}")
     except ImportError as error:
-        raise BenchmarkError(f"the plot needs matplotlib ({error}): install lopt_fast[plot]") from error
+        raise BenchmarkError(f"the plot needs matplotlib ({error}): {install('plot')}") from error
 
 
 def _load() -> float | None:
@@ -563,6 +564,7 @@ def predict_command(
 ) -> None:
     """Times per parameter on GPUs, from bytes and operations alone."""
     typer.echo(predict.render(predict.Storage(parameter_bytes, parameter_bytes, state_bytes), layers))
+    typer.echo(f"\nThe other operations, float32:\n\n{predict.render_operations()}")
 
 
 @app.command("report")

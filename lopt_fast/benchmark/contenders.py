@@ -11,6 +11,7 @@ import numpy as np
 
 from .. import reference
 from ..architectures import small_fc_lopt
+from ..errors import install
 from ..spec import Spec, Statistics
 from . import BenchmarkError
 from .workloads import ADAMW_BYTES, APPLY_UPDATES_BYTES, Workload
@@ -114,7 +115,7 @@ def builder(framework: Framework, kind: Kind, config: Config) -> Builder:
             from .jax_contenders import build
     except ImportError as error:
         raise BenchmarkError(
-            f"the contenders of {framework} cannot be built ({error}); install lopt_fast[{framework}], or choose "
+            f"the contenders of {framework} cannot be built ({error}): {install(framework)}, or choose "
             "another --framework"
         ) from error
     return lambda parameters, gradients: build(kind, config, parameters, gradients)

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import install
 from . import BenchmarkError
 
 ESTIMATORS = ("full_es", "truncated_es", "pes", "nres")
@@ -97,7 +98,7 @@ def measure(name: str, steps: int, problem: Problem) -> np.ndarray:
         import jax
         import jax.numpy as jnp
     except ImportError as error:
-        raise BenchmarkError(f"meta-training needs JAX ({error}): pip install 'lopt-fast[jax]'") from error
+        raise BenchmarkError(f"meta-training needs JAX ({error}): {install('jax')}") from error
     from ..checkpoint import CheckpointError
     from ..data import DataError
     from ..meta.config import ConfigError

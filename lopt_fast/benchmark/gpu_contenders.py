@@ -146,6 +146,7 @@ def adamw(place: Place, kind: str) -> Builder:
         )
         step = optimizer.step
         if kind == "compiled":
+            torch.compiler.reset()  # else the ninth step would not be compiled
             step = torch.compile(lambda: optimizer.step(), backend="eager" if place.rehearsal else "inductor")
         return wrap(place, f"adamw_{kind}", list(params), step, capturable)
 

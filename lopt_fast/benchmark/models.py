@@ -2,7 +2,7 @@
 
 Shapes are functions of the published configurations, in the order of the modules; linear layers store (outputs,
 inputs), convolutions (outputs, inputs, height, width). The sums agree with the published numbers of parameters
-(tests/test_bench_gpu.py), and `resnet` and `gpt2` with the modules of `build_resnet` and `build_gpt2`.
+(tests/test_bench_gpu.py), and the shapes with the modules of `build`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class ViT:
     layers: int
     width: int
     mlp: int
+    heads: int
     patch: int
     image: int = 224
     classes: int = 1000
@@ -49,7 +50,7 @@ class GPT2:
 
 RESNET18 = ResNet((2, 2, 2, 2), bottleneck=False)
 RESNET50 = ResNet((3, 4, 6, 3), bottleneck=True)
-VIT_B16 = ViT(layers=12, width=768, mlp=3072, patch=16)
+VIT_B16 = ViT(layers=12, width=768, mlp=3072, heads=12, patch=16)
 GPT2_124M = GPT2(layers=12, width=768, heads=12)
 GPT2_355M = GPT2(layers=24, width=1024, heads=16)
 
@@ -127,7 +128,7 @@ def tiny(config: Model) -> Model:
     if isinstance(config, ResNet):
         return replace(config, blocks=(1, 1, 1, 1), width=4, classes=5, image=32)
     if isinstance(config, ViT):
-        return replace(config, layers=1, width=16, mlp=24, image=32, classes=5)
+        return replace(config, layers=1, width=16, mlp=24, heads=2, image=32, classes=5)
     return replace(config, layers=1, width=16, heads=2, vocabulary=40, context=8)
 
 
@@ -176,13 +177,11 @@ def build_resnet(config: ResNet) -> Any:
     return nn.Sequential(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, config.classes))
 
 
-def build_gpt2(config: GPT2) -> Any:
-    """A torch.nn.Module: (batch, tokens) int64 -> (batch, tokens, vocabulary)."""
+def _transformer_block(width: int, mlp: int, heads: int, causal: bool) -> Any:
+    """Attention and MLP, each behind a normalisation and around a residual connection: (batch, tokens, width)."""
     import torch
     from torch import nn
     from torch.nn import functional
-
-    width, heads = config.width, config.heads
 
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -191,28 +190,75 @@ def build_gpt2(config: GPT2) -> Any:
             self.qkv = nn.Linear(width, 3 * width)
             self.out = nn.Linear(width, width)
             self.norm2 = nn.LayerNorm(width)
-            self.up = nn.Linear(width, 4 * width)
-            self.down = nn.Linear(4 * width, width)
+            self.up = nn.Linear(width, mlp)
+            self.down = nn.Linear(mlp, width)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             batch, tokens, _ = x.shape
             q, k, v = self.qkv(self.norm1(x)).view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
-            y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            y = functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
             x = x + self.out(y.transpose(1, 2).reshape(batch, tokens, width))
-            return x + self.down(functional.gelu(self.up(self.norm2(x)), approximate="tanh"))
+            gelu = functional.gelu(self.up(self.norm2(x)), approximate="tanh" if causal else "none")
+            return x + self.down(gelu)
+
+    return Block()
+
+
+def build_vit(config: ViT) -> Any:
+    """A torch.nn.Module: (batch, 3, image, image) -> (batch, classes)."""
+    import torch
+    from torch import nn
+
+    width = config.width
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token = nn.Parameter(torch.zeros(1, 1, width))
+            tokens = (config.image // config.patch) ** 2 + 1
+            self.positions = nn.Parameter(0.02 * torch.randn(1, tokens, width))
+            self.patches = nn.Conv2d(3, width, config.patch, stride=config.patch)
+            self.blocks = nn.Sequential(
+                *(_transformer_block(width, config.mlp, config.heads, False) for _ in range(config.layers))
+            )
+            self.norm = nn.LayerNorm(width)
+            self.head = nn.Linear(width, config.classes)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.patches(x).flatten(2).transpose(1, 2)
+            y = torch.cat([self.token.expand(len(y), -1, -1), y], 1) + self.positions
+            return self.head(self.norm(self.blocks(y))[:, 0])
+
+    return Model()
+
+
+def build_gpt2(config: GPT2) -> Any:
+    """A torch.nn.Module: (batch, tokens) int64 -> (batch, tokens, vocabulary)."""
+    import torch
+    from torch import nn
+    from torch.nn import functional
+
+    width = config.width
 
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.tokens = nn.Embedding(config.vocabulary, width)
             self.positions = nn.Embedding(config.context, width)
-            self.blocks = nn.ModuleList(Block() for _ in range(config.layers))
+            self.blocks = nn.Sequential(
+                *(_transformer_block(width, 4 * width, config.heads, True) for _ in range(config.layers))
+            )
             self.norm = nn.LayerNorm(width)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = self.tokens(x) + self.positions.weight[: x.shape[1]]
-            for block in self.blocks:
-                y = block(y)
+            y = self.blocks(self.tokens(x) + self.positions.weight[: x.shape[1]])
             return functional.linear(self.norm(y), self.tokens.weight)
 
     return Model()
+
+
+def build(config: Model) -> Any:
+    """The model as a torch.nn.Module, with random parameters of `shapes`."""
+    if isinstance(config, ResNet):
+        return build_resnet(config)
+    return build_vit(config) if isinstance(config, ViT) else build_gpt2(config)

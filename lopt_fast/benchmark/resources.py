@@ -38,7 +38,9 @@ class Resources:
     `registers` of a thread and `shared` bytes of a block (static; Triton: all) count for a kernel with all that it
     calls, and are 0 for the functions. `spills`: instructions that access local memory (Triton: bytes of stack; AMD:
     spilled registers); `spills_in_loops`: those that a loop repeats, the loop over work items not counted.
-    `vector_loads`: global loads of 16 bytes a thread. `matrix`: tensor-core (AMD: matrix-core) instructions.
+    `vector_loads`: global loads of 16 bytes a thread. `row_loads`: those of them at an address without an offset, in
+    the innermost loop that has any: the streams of a kernel that walks down rows. Loads beside them (places of an axis,
+    biases) have an offset or lie in an outer loop. `matrix`: tensor-core (AMD: matrix-core) instructions.
     """
 
     registers: int
@@ -46,6 +48,7 @@ class Resources:
     spills: int
     spills_in_loops: int
     vector_loads: int
+    row_loads: int
     matrix: int
     instructions: int
 
@@ -186,41 +189,125 @@ def _functions(assembly: str) -> Iterator[tuple[str, str, list[_Instruction | st
         yield kernel_of, function, body
 
 
-def _count(body: Sequence[_Instruction | str], entry: bool) -> tuple[int, int, int, int, int]:
-    labels: dict[str, int] = {}
-    instructions: list[_Instruction] = []
-    waiting: list[str] = []
-    for item in body:
-        if isinstance(item, str):
-            waiting.append(item)
-        else:
-            labels |= dict.fromkeys(waiting, item.address)
-            waiting = []
-            if not item.text.startswith("NOP"):
-                instructions.append(item)
-    loops = []
-    for i in instructions:
-        if match := re.search(r"\bBRA.*`\((\.L_x_\d+)\)", i.text):
-            target = labels.get(match[1], i.address + 1)
-            # A branch to itself is the padding behind the last instruction.
-            if target < i.address:
-                loops.append((target, i.address))
-    if entry:  # not the loop over work items, which calls the functions
-        calls = [i.address for i in instructions if re.search(r"\bCALL\b.*`\(\$(?!__internal)", i.text)]
-        loops = [(low, high) for low, high in loops if not any(low <= a <= high for a in calls)]
+def _count(body: Sequence[_Instruction | str], entry: bool) -> tuple[int, int, int, int, int, int]:
+    instructions, labels = _labelled(body)
 
-    def matching(pattern: str) -> list[int]:
-        return [i.address for i in instructions if re.search(pattern, i.text)]
+    def matching(pattern: str) -> list[_Instruction]:
+        found = re.compile(pattern)
+        return [i for i in instructions if found.search(i.text)]
 
     spills = matching(r"\b(LDL|STL)\b")
-    in_loops = [a for a in spills if any(low <= a <= high for low, high in loops)]
+    loads = matching(r"\bLDG?\.E\.(?:\w+\.)*128\b")
+    loops = _loops(instructions, labels) if spills or loads else []
+    if entry:  # not the loop over work items, which calls the functions
+        calls = {i.address for i in matching(r"\bCALL\b.*`\(\$(?!__internal)")}
+        loops = [loop for loop in loops if not loop & calls]
+
+    def depth(instruction: _Instruction) -> int:
+        return sum(instruction.address in loop for loop in loops)
+
+    streams = [depth(i) for i in loads if not re.search(r"\+-?0x", i.text)]
     return (
         len(spills),
-        len(in_loops),
-        len(matching(r"\bLDG?\.E\.(?:\w+\.)*128\b")),
+        sum(depth(i) > 0 for i in spills),
+        len(loads),
+        streams.count(max(streams)) if any(streams) else 0,
         len(matching(r"\b(HMMA|IMMA|QMMA|HGMMA|UTCHMMA)\b")),
         len(instructions),
     )
+
+
+def _labelled(body: Sequence[_Instruction | str]) -> tuple[list[_Instruction], dict[str, int]]:
+    """The instructions without padding, and the place among them that each label stands for."""
+    instructions: list[_Instruction] = []
+    labels: dict[str, int] = {}
+    for item in body:
+        if isinstance(item, str):
+            labels[item] = len(instructions)
+        elif not item.text.startswith("NOP"):
+            instructions.append(item)
+    return instructions, labels
+
+
+def _loops(instructions: Sequence[_Instruction], labels: Mapping[str, int]) -> list[set[int]]:
+    """Addresses of the instructions of each natural loop (Aho et al., Compilers, section 9.6): a branch to what
+    dominates it, and all that leads to the branch. Branches back from code that was moved away are none.
+    """
+    jumps = {}  # (targets, whether what follows may be next), by place
+    for place, instruction in enumerate(instructions):
+        targets = [labels[t] for t in re.findall(r"\.L_x_\d+", instruction.text) if t in labels]
+        # The next instruction is not reached from a branch without a guard. Labels of BSSY are no targets: threads meet
+        # again there.
+        ends = re.match(r"BRA(\.\w+)* `|(BRX|JMP|EXIT|RET)\b", instruction.text)
+        if ends or (targets and not instruction.text.startswith("BSSY")):
+            jumps[place] = targets, ends is None
+    begins = sorted({0, *(place + 1 for place in jumps), *labels.values()} & set(range(len(instructions))))
+    block_of = {place: block for block, place in enumerate(begins)}
+    behind = [*begins[1:], len(instructions)]
+    after: list[list[int]] = []  # blocks that may follow each block
+    for block, end in enumerate(behind):
+        targets, falls = jumps.get(end - 1, ([], True))
+        after.append([block_of[t] for t in targets if t in block_of])
+        if falls and end in block_of:
+            after[block].append(block_of[end])
+    before: list[list[int]] = [[] for _ in begins]
+    for block, following in enumerate(after):
+        for target in following:
+            before[target].append(block)
+
+    order = _postorder(after)
+    rank = {block: i for i, block in enumerate(order)}
+    dominator = {0: 0}  # the nearest one (Cooper, Harvey, Kennedy: A simple, fast dominance algorithm, 2001)
+
+    def common(a: int, b: int) -> int:
+        while a != b:
+            while rank[a] < rank[b]:
+                a = dominator[a]
+            while rank[b] < rank[a]:
+                b = dominator[b]
+        return a
+
+    changed = True
+    while changed:
+        changed = False
+        for block in reversed(order[:-1]):
+            known = [other for other in before[block] if other in dominator]
+            nearest = known[0]
+            for other in known[1:]:
+                nearest = common(nearest, other)
+            if dominator.get(block) != nearest:
+                dominator[block], changed = nearest, True
+
+    loops: dict[int, set[int]] = {}  # blocks of each, by the first
+    for block in order:
+        for target in after[block]:
+            if common(block, target) == target:
+                members, waiting = loops.setdefault(target, {target}), [block]
+                while waiting:
+                    if (member := waiting.pop()) not in members:
+                        members.add(member)
+                        waiting += [m for m in before[member] if m in rank]
+    return [
+        {i.address for block in members for i in instructions[begins[block] : behind[block]]}
+        for members in loops.values()
+    ]
+
+
+def _postorder(after: Sequence[Sequence[int]]) -> list[int]:
+    """Blocks that can be reached from the first, each behind those that follow it: the first one comes last."""
+    order: list[int] = []
+    seen, stack = {0}, [(0, iter(after[0]))] if after else []
+    while stack:
+        place, rest = stack[-1]
+        for target in rest:
+            if target not in seen:
+                seen.add(target)
+                stack.append((target, iter(after[target])))
+                break
+        else:
+            order.append(place)
+            stack.pop()
+    return order
 
 
 def readable(symbol: str) -> str:
@@ -282,16 +369,26 @@ def _arguments(s: str, at: int) -> tuple[list[str], int]:
 
 
 def of_triton(only: str | None = None, targets: Sequence[str] = ()) -> dict[str, Resources]:
-    """The Triton kernels, compiled ahead of time by triton_resources.py for its targets, in a process of its own.
+    """The Triton kernels of small_fc_lopt, compiled ahead of time by triton_resources.py, in a process of its own.
 
-    `only`: "apply", "statistics" (all others) or "main" (a few).
+    `only`: "apply", "statistics" (all others) or "main" (a few). `targets`: all that it knows, if none is given.
     """
+    return _compiled("triton_resources", [only] if only else [], targets)
+
+
+def of_triton_operations(only: Sequence[str] = (), targets: Sequence[str] = ()) -> dict[str, Resources]:
+    """Those of the other operations, by triton_operations_resources.py; `only`: names of instances."""
+    return _compiled("triton_operations_resources", only, targets)
+
+
+def _compiled(module: str, only: Sequence[str], targets: Sequence[str]) -> dict[str, Resources]:
     if importlib.util.find_spec("triton") is None:
         raise BenchmarkError("triton is not installed: pip install triton")
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "resources.json"
-        command = [sys.executable, "-m", "lopt_fast.benchmark.triton_resources", "--json", str(out)]
-        command += ["--only", only] if only else []
+        command = [sys.executable, "-m", f"lopt_fast.benchmark.{module}", "--json", str(out)]
+        for name in only:
+            command += ["--only", name]
         for target in targets:
             command += ["--target", target]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -305,6 +402,7 @@ def of_triton(only: str | None = None, targets: Sequence[str] = ()) -> dict[str,
             spills=r["spills"],
             spills_in_loops=0,
             vector_loads=r["vector_loads"],
+            row_loads=0,
             matrix=r["matrix_instructions"],
             instructions=0,
         )
@@ -364,13 +462,17 @@ def compare(found: Rows, expected: Rows, *, partial: bool = False) -> list[str]:
             complaints.append(f"{name}: {new.spills} spills, {old.spills} in the table")
         if new.shared > old.shared:
             complaints.append(f"{name}: {new.shared} bytes of shared memory, {old.shared} in the table")
+        if new.vector_loads < old.vector_loads:
+            complaints.append(
+                f"{name}: {new.vector_loads} loads of 16 bytes, {old.vector_loads} in the table"
+            )
+        if new.row_loads < old.row_loads:
+            complaints.append(
+                f"{name}: {new.row_loads} loads of 16 bytes for each row, {old.row_loads} in the table"
+            )
         # Unrolling differs from version to version; half of them gone is a lost fast path.
-        for what, a, b in (
-            ("loads of 16 bytes", new.vector_loads, old.vector_loads),
-            ("tensor-core instructions", new.matrix, old.matrix),
-        ):
-            if 2 * a < b:
-                complaints.append(f"{name}: {a} {what}, {b} in the table")
+        if 2 * new.matrix < old.matrix:
+            complaints.append(f"{name}: {new.matrix} tensor-core instructions, {old.matrix} in the table")
     if not partial:
         built = architectures(found)
         missing = sorted(name for name in expected if name not in found and architecture(name) in built)
@@ -394,6 +496,22 @@ def render(rows: Rows, *, kernels_only: bool = False) -> str:
     return markdown(header, [[key, *(str(v) for v in sums.values())] for key, sums in total.items()])
 
 
+def render_operations(rows: Rows) -> str:
+    """Markdown: registers of the CUDA kernels of the operations but small_fc_lopt, for each architecture."""
+    registers: dict[str, dict[str, str]] = {}
+    for name, row in select(rows, "cuda").items():
+        _, target, kernel, *function = name.split("/")
+        if not function and not kernel.startswith(("items_kernel", "matmul_kernel", "other_kernel")):
+            registers.setdefault(kernel, {})[target] = str(row.registers)
+    targets = sorted({target for found in registers.values() for target in found}, key=lambda t: int(t[3:]))
+    body = [
+        [f"`{kernel}`", *(found.get(t, "") for t in targets)] for kernel, found in sorted(registers.items())
+    ]
+    return markdown(["kernel", *targets], body)
+
+
 def measure(backend: Backend, binary: Path | None = None) -> dict[str, Resources]:
     """Resources of everything that is built for a backend here. Raises `BenchmarkError` with the reason if nothing."""
-    return of_triton() if backend == "triton" else of_binary(binary or cuda_module())
+    if backend == "triton":
+        return of_triton() | of_triton_operations()
+    return of_binary(binary or cuda_module())

@@ -69,6 +69,7 @@ def instances(k: Any) -> Iterator[tuple[str, str, Any, Any, dict[str, Any]]]:
         yield "apply", f"matrix, width {width}" + (", matmul" if matmul else ""), layouts["matrix"], wide, {}
     yield "square_sums", "matrix", layouts["matrix"], network, {}
     yield "clip_factors", "", None, network, {}
+    yield "find_first_steps", "", None, lagged, {}
     yield "move_accumulators", "", None, network, {"WHEN": "exact"}
     yield "fold_factors", "", None, network, {}
     yield "fold_network", "", None, network, {"PARAMETER_RMS": True}

@@ -10,13 +10,13 @@ params, state = tx.step(grads, state, params)  # or both in one, in place where 
 ```
 """
 
+from ..errors import install as _install
+
 try:
     import jax as _jax  # noqa: F401
     import optax as _optax  # noqa: F401
 except ImportError as _error:
-    raise ImportError(
-        f"lopt_fast.jax needs jax and optax ({_error}): pip install 'lopt-fast[jax]'"
-    ) from _error
+    raise ImportError(f"lopt_fast.jax needs jax and optax ({_error}): {_install('jax')}") from _error
 
 from .architecture import ArchitectureState
 from .state import LearnedOptimizerState

@@ -15,18 +15,22 @@ from jax.tree_util import keystr, tree_flatten_with_path
 
 from ..architectures import Architecture
 from ..architectures.base import Inputs
+from ..native import arithmetic
 from ..operations import ModelTensors, Operations
 from ..operations.accumulators import initial_state
 from ..reference import CLIP_EPSILON, Array, TensorState
 from .call import vary_like
 from .operations import implementation
-from .trees import Described, Schedule, check_number, flatten, gradients, scalars
+from .trees import Described, Schedule, check_number, flatten, gradients, kind_of, scalars
 
 Arrays = dict[str, Array]
 
 
 class ArchitectureState(NamedTuple):
-    """State of `lopt_fast.jax.learned_optimizer` for all architectures but `small_fc_lopt`."""
+    """State of `lopt_fast.jax.learned_optimizer` for all architectures but `small_fc_lopt`.
+
+    In float64 for float64 parameters, in float32 for all others; `rows` and `shared` in the wider of them.
+    """
 
     count: Array
     """int32, steps taken."""
@@ -134,7 +138,7 @@ class Optimizer:
         """State after a loss on validation data has been seen."""
         if not isinstance(state, ArchitectureState):
             raise ValueError(_not_a_state(state))
-        check_number("loss", loss, finite=False)
+        check_number("loss", loss, None)
         dtype = next((a.dtype for a in state.shared.values()), jnp.float32)
         theta = {name: jnp.asarray(a, dtype) for name, a in self.theta.items()}
         loss = jnp.asarray(loss, dtype)
@@ -150,7 +154,7 @@ class Optimizer:
         if loss is None:
             name = self.architecture.NAME
             raise ValueError(f"{name} looks at the training loss: pass value=loss, that of these gradients")
-        check_number("value", loss, finite=False)
+        check_number("value", loss, None)
         return _like(loss, described)
 
 
@@ -168,6 +172,8 @@ def architecture_step(
 ) -> tuple[list[Array], list[TensorState], Arrays, Arrays]:
     """(outputs, new accumulators, rows, shared). Lists are over the parameters `step.described`, at least one."""
     lr, weight_decay, max_norm = numbers.scalars
+    stored = params
+    params, grads = ([a.astype(arithmetic(a.dtype.name)) for a in arrays] for arrays in (params, grads))
     grad_scale: Array | float = 1.0
     if step.clip:
         dtype = numbers.scalars.dtype
@@ -196,7 +202,7 @@ def architecture_step(
     after = _as_before(theirs, update.rows)
     if index is not None:
         after = {name: a.at[index].set(after[name]) for name, a in rows.items()}
-    outputs = [output.astype(p.dtype) for output, p in zip(update.outputs, params, strict=True)]
+    outputs = [output.astype(p.dtype) for output, p in zip(update.outputs, stored, strict=True)]
     kept = [_without_missing(*both) for both in zip(states, update.states, strict=True)]
     return outputs, kept, after, _as_before(shared, update.shared)
 
@@ -217,7 +223,7 @@ def _zeros(
             states.append(TensorState(None, None, None, None, None))
             continue
         accumulates = architecture.accumulates(leaf.name, leaf.shape)
-        state = initial_state(accumulates, jnp.zeros(leaf.shape, leaf.dtype))
+        state = initial_state(accumulates, jnp.zeros(leaf.shape, arithmetic(leaf.dtype)))
         states.append(TensorState(*(a if a.size else None for a in state)))
     shapes = [leaf.shape for leaf in described if leaf.size]
     rows = dict(architecture.init_rows(theta, shapes or [(1,)]))
@@ -264,10 +270,9 @@ def _checked(
         raise ValueError(f"{first} is {what}: {remedy}")
     arrays = []
     for (_, value), (name, (shape, dtype)) in zip(leaves, expected.items(), strict=True):
-        array = jnp.asarray(value)
-        if array.shape != shape or array.dtype.name != dtype:
-            raise ValueError(f"{name} is {array.dtype.name}{array.shape}, expected {dtype}{shape}: {remedy}")
-        arrays.append(array)
+        if (kind := kind_of(value)) != f"{dtype}{shape}":
+            raise ValueError(f"{name} is {kind}, expected {dtype}{shape}: {remedy}")
+        arrays.append(jnp.asarray(value))
     return structure.unflatten(arrays)
 
 
@@ -276,8 +281,8 @@ def _not_a_state(state: Any) -> str:
 
 
 def _widest(described: Sequence[Described]) -> str:
-    """The type of the tensor level: the widest of the parameters'."""
-    return max((leaf.dtype for leaf in described), default="float32")  # float32 or float64
+    """The type of the tensor level: the widest in which a parameter is updated."""
+    return max((arithmetic(leaf.dtype) for leaf in described), default="float32")  # float32 or float64
 
 
 def _like(number: Any, described: Sequence[Described]) -> Array:

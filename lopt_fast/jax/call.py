@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import reference
-from ..backends import BackendError, BackendWarning, choose, cuda, native
+from ..backends import BACKENDS, BackendError, BackendWarning, cuda, native, refusal
 from ..layout import loops
 from ..native import kernel_spec
 from ..reference import Array
@@ -34,7 +34,7 @@ _FORMAT = 1  # of the attributes; csrc/xla_call.cc refuses others
 
 
 class Theta(NamedTuple):
-    """Meta-parameters, by dtype of the parameters: what the chosen backend does not read may be missing."""
+    """Meta-parameters, by dtype of the arithmetic: what the chosen backend does not read may be missing."""
 
     flat: dict[str, Array]
     """(theta_size,), as the kernels take them."""
@@ -93,29 +93,56 @@ def learned_optimizer_step(
     return next(iter(kernels.values()), plain)(*arguments)
 
 
-def resolve(spec: Spec, dtypes: Sequence[str], backend: str) -> Choice:
-    """What computes steps for parameters of these types, for the backend that the user named.
+def resolve(spec: Spec, dtypes: Sequence[str], backend: str, state_dtype: str | None = None) -> Choice:
+    """`choice` of small_fc_lopt for parameters of these dtypes.
 
+    State in bfloat16 is for the CUDA kernels alone, which round it stochastically: rounded to the nearest, a second
+    moment would stand still.
+    """
+    platforms = known_platforms()
+
+    def refused(platform: str) -> str | None:
+        where = platform if platform in platforms else platforms[0]
+        found = (refusal(platform, spec, where, dtype) for dtype in dtypes)
+        return next(filter(None, found), None) or registration_failure(platform)
+
+    if state_dtype == "bfloat16" and backend in ("auto", "cpu", "reference"):
+        reason = refused("cuda") if backend == "auto" else f"backend={backend!r} keeps it in float32"
+        if reason:
+            raise BackendError(
+                f"state_dtype='bfloat16' needs the CUDA kernels: {reason}. Leave it out to keep state in float32."
+            )
+        backend = "cuda"
+    return choice("small_fc_lopt", refused, backend)
+
+
+def choice(name: str, refused: Callable[[str], str | None], backend: str) -> Choice:
+    """What computes the optimizer `name`, for the backend that the user named.
+
+    refused: None if the kernels of a platform can compute it here, else the reason why not.
     Raises BackendError if `backend` is unknown or cannot be used here. With "auto" the reference is taken where there
     is no kernel, with a warning that says so once.
     """
+    if backend not in BACKENDS:
+        raise BackendError(f"backend={backend!r}: must be one of {', '.join(BACKENDS)}")
+    if backend == "reference":
+        return Choice((), True)
     platforms = known_platforms()
-    if backend == "triton":
-        raise BackendError("backend='triton' is not for JAX: use 'cuda' on NVIDIA GPUs, or 'auto'")
+    wanted = platforms[0] if backend == "auto" else backend
+    reason = refused(wanted) if wanted in _TARGETS else f"JAX has no kernels for {wanted}"
+    if reason and backend != "auto":
+        raise BackendError(
+            f"backend={backend!r} of {name} cannot be used: {reason}. "
+            "Use backend='auto' to take the best that can, backend='reference' for plain array code."
+        )
     if backend != "auto":
-        chosen = {choose(spec, backend if backend in platforms else platforms[0], d, backend) for d in dtypes}
-        if chosen == {"reference"}:
-            return Choice((), True)
-        if failure := registration_failure(backend):
-            raise BackendError(f"backend={backend!r} cannot be used: {failure}")
         return Choice((backend,), False)
-    refused = {p: _refusal(spec, p, dtypes) for p in platforms if p in _TARGETS}
-    default = platforms[0]
-    reason = refused.get(default, f"JAX has no kernel for {default}")
-    # `choose` warns where nothing but the reference is left; what else it finds JAX cannot use.
-    if reason and "reference" not in {choose(spec, default, d, "auto") for d in dtypes}:
-        warn_once(f"small_fc_lopt uses the reference implementation, which is slow: {reason}")
-    kernels = tuple(platform for platform, refusal in refused.items() if refusal is None)
+    if reason:
+        warn_once(
+            f"{name} on {wanted} uses the reference implementation, which is slow: {reason}. "
+            "backend='reference' chooses it without this warning."
+        )
+    kernels = tuple(platform for platform in platforms if platform in _TARGETS and refused(platform) is None)
     return Choice(kernels, reference=kernels != tuple(platforms) or len(kernels) > 1)
 
 
@@ -126,20 +153,10 @@ def known_platforms() -> list[str]:
     return sorted(found, key=lambda name: found[name] is not default)
 
 
-def _refusal(spec: Spec, platform: str, dtypes: Sequence[str]) -> str | None:
-    """None if the platform's kernel can be used, else the reason why not."""
-    try:
-        for dtype in dtypes:
-            choose(spec, platform, dtype, platform)
-    except BackendError as error:
-        return str(error)
-    return registration_failure(platform)
-
-
 @cache
 def warn_once(message: str) -> None:
     """A BackendWarning, the first time that this is said."""
-    warnings.warn(message, BackendWarning, stacklevel=5)
+    warnings.warn(message, BackendWarning, stacklevel=7)  # who called update or step
 
 
 @cache
@@ -248,11 +265,14 @@ def _reference(
         grad_scale = jnp.minimum(1.0, scalars[2] / (norm + reference.CLIP_EPSILON))
     for index, p, g in zip(step.present, params, grads, strict=True):
         leaf = step.layout.leaves[index]
-        lr, weight_decay, scale = (x.astype(p.dtype) for x in (scalars[0], scalars[1], grad_scale))
-        delta, state = reference.update(
-            step.spec, theta.named[leaf.dtype], p, g, take(buffers, leaf), count,
-            lr=lr, weight_decay=weight_decay, grad_scale=scale,
-        )  # fmt: skip
+        p, g, lr, weight_decay, scale = (
+            x.astype(leaf.arithmetic) for x in (p, g, scalars[0], scalars[1], grad_scale)
+        )
+        with jax.default_matmul_precision("highest"):  # a GPU would take tf32
+            delta, state = reference.update(
+                step.spec, theta.named[leaf.arithmetic], p, g, take(buffers, leaf), count,
+                lr=lr, weight_decay=weight_decay, grad_scale=scale,
+            )  # fmt: skip
         put(new_buffers, leaf, state)
-        outputs.append(p + delta if step.apply else delta)
+        outputs.append((p + delta if step.apply else delta).astype(leaf.dtype))
     return outputs, new_buffers

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..architectures import Architecture
-from ..backends import BackendError, choose, cuda, native
+from ..backends import cuda, native, operations_refusal
 from ..layout import loops
 from ..native_operations import mlp_spec, unsupported_on_gpus
 from ..operations import (
@@ -48,13 +48,7 @@ _SOMEWHERE = 256
 
 def refusal(architecture: Architecture) -> str | None:
     """None if the CUDA kernels can compute the operations of `architecture`, else the reason why not."""
-    mlp = getattr(architecture, "mlp", None)
-    operation = "element_mlp" if isinstance(mlp, ElementMlp) else "adam"
-    try:
-        choose(mlp, "cuda", "float32", "cuda", operation=operation)
-    except BackendError as error:
-        return str(error)
-    return registration_failure()
+    return operations_refusal("cuda", architecture, "cuda", "float32") or registration_failure()
 
 
 @cache

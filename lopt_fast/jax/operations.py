@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..architectures import Architecture
-from ..backends import BACKENDS, BackendError, native
+from ..backends import BackendError, native, operations_refusal
 from ..layout import loops
 from ..native_operations import columns_of_statistics, unsupported
 from ..operations import (
@@ -48,45 +48,23 @@ Out = TypeVar("Out")
 
 
 def implementation(architecture: Architecture, backend: str) -> Operations:
-    """The operations of `architecture` for the backend that the user named.
+    """The operations of `architecture` for the backend that the user named, see `call.choice`."""
 
-    Raises BackendError if `backend` is unknown or cannot be used here. With "auto" the reference is taken where there
-    is no kernel, with a warning that says so once.
-    """
-    if backend not in BACKENDS:
-        raise BackendError(f"backend={backend!r}: must be one of {', '.join(BACKENDS)}")
-    if backend == "reference":
-        return Grouped
-    platforms = call.known_platforms()
-    device = platforms[0] if backend == "auto" else backend
-    refused = _refusal(architecture)
-    on_gpu = gpu_operations.refusal(architecture) if "cuda" in (*platforms, device) else "there is no GPU"
-    reasons = {"cpu": refused, "cuda": on_gpu}
-    reason = reasons.get(device, f"JAX has no custom call for its operations on {device}")
-    if reason and backend != "auto":
-        raise BackendError(
-            f"backend={backend!r} of {architecture.NAME} cannot be used: {reason}. "
-            "Use backend='auto' to take the best that can, backend='reference' for plain array code."
-        )
-    if reason:
-        call.warn_once(
-            f"{architecture.NAME} uses the reference implementation, which is slow: {reason}. "
-            "backend='reference' chooses it without this warning."
-        )
-    if backend == "cuda":
-        return gpu_operations.GpuCalls()
-    if backend == "auto" and on_gpu is None:
-        cpu = {} if refused else {"cpu": CustomCalls()}
+    def refused(platform: str) -> str | None:
+        return gpu_operations.refusal(architecture) if platform == "cuda" else _refusal(architecture)
+
+    chosen = call.choice(architecture.NAME, refused, backend)
+    if "cuda" in chosen.kernels and chosen.reference:
+        cpu = {"cpu": CustomCalls()} if "cpu" in chosen.kernels else {}
         return gpu_operations.ByPlatform({"cuda": gpu_operations.GpuCalls(), **cpu})
-    if refused or "cpu" not in platforms:
-        return Grouped
-    return CustomCalls(elsewhere=backend == "auto" and len(platforms) > 1)
+    if "cuda" in chosen.kernels:
+        return gpu_operations.GpuCalls()
+    return CustomCalls(elsewhere=chosen.reference) if chosen.kernels else Grouped
 
 
 def _refusal(architecture: Architecture) -> str | None:
     """None if the CPU kernels can compute the operations of `architecture`, else the reason why not."""
-    mlp = getattr(architecture, "mlp", None)
-    return registration_failure() or (unsupported(mlp) if isinstance(mlp, ElementMlp) else None)
+    return registration_failure() or operations_refusal("cpu", architecture, "cpu", "float32")
 
 
 @cache

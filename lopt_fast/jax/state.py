@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from ..backends import BackendError
+from ..native import arithmetic
 from ..reference import Array, TensorState, init_state
 from ..spec import Spec
+from .trees import dtype_of, kind_of
 
 PACKED_SIZE = 65_536
 """Parameters of at most so many elements share the packed arrays; larger ones get an array of their own."""
 
-_ALIGNMENT = 16  # elements: every parameter's state in a packed array starts on a cache line
+_ALIGNMENT = 16
+"""Elements: every parameter's state in a packed array starts on a cache line (in bfloat16 on half of one)."""
+
+AVERAGES = ("momentum", "second_moment")
+"""The accumulators that `state_dtype` is about."""
 
 
 class LearnedOptimizerState(NamedTuple):
-    """State of `lopt_fast.jax.learned_optimizer`; the same for every backend."""
+    """State of `lopt_fast.jax.learned_optimizer`; the same for every backend.
+
+    In float64 for float64 parameters, in float32 for all others; momentum and second moment in `state_dtype`.
+    """
 
     count: Array
     """int32, steps taken."""
@@ -29,7 +40,7 @@ class LearnedOptimizerState(NamedTuple):
     """By dtype, one flat array: the accumulators of small parameters, the row and column accumulators of all."""
     moments: Any
     """Tree of the parameters. Large ones: (momentum and second-moment decays, *shape), sharded as they are (with the
-    full-size factored accumulator behind, where rank < 2); None for those in `packed`."""
+    full-size factored accumulator behind, where rank < 2 and it is of the same dtype); None for those in `packed`."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +63,15 @@ class Leaf:
     path: str
     shape: tuple[int, ...]
     dtype: str
+    """Of the parameter and its gradient."""
     slots: TensorState
     own: int | None
     """Its own state buffer, if any."""
+
+    @property
+    def arithmetic(self) -> str:
+        """Dtype in which it is updated."""
+        return arithmetic(self.dtype)
 
     @property
     def size(self) -> int:
@@ -84,8 +101,12 @@ class Layout:
         remedy = "make it with `init` of the same optimizer, from parameters of the same shapes and types"
         if not isinstance(state, LearnedOptimizerState):
             raise ValueError(f"state is a {type(state).__name__}, not a LearnedOptimizerState: {remedy}")
-        if sorted(state.packed) != sorted(self.packed):
-            raise ValueError(f"state.packed has {sorted(state.packed)}, not {sorted(self.packed)}: {remedy}")
+        if not isinstance(state.packed, Mapping):
+            raise ValueError(f"state.packed is {kind_of(state.packed)}, not a dict: {remedy}")
+        if state.packed.keys() != set(self.packed):
+            raise ValueError(
+                f"state.packed has {sorted(map(str, state.packed))}, not {sorted(self.packed)}: {remedy}"
+            )
         try:
             own = treedef.flatten_up_to(state.moments)
         except ValueError as error:
@@ -98,11 +119,9 @@ class Layout:
             if moments is not None:
                 named.append((f"state.moments{leaf.path}", moments))
         for (name, buffer), shape, dtype in zip(named, self.shapes, self.dtypes, strict=True):
-            if tuple(jnp.shape(buffer)) != shape or jnp.result_type(buffer) != dtype:
-                raise ValueError(
-                    f"{name} is {jnp.result_type(buffer)}{tuple(jnp.shape(buffer))}, expected {dtype}{shape}: {remedy}"
-                )
-        if jnp.shape(state.count) != () or not jnp.issubdtype(jnp.result_type(state.count), jnp.integer):
+            if (kind := kind_of(buffer)) != f"{dtype}{shape}":
+                raise ValueError(f"{name} is {kind}, expected {dtype}{shape}: {remedy}")
+        if not dtype_of(state.count).startswith(("int", "uint")) or np.shape(state.count) != ():
             raise ValueError(f"state.count must be an integer scalar, not {state.count!r}: {remedy}")
         return jnp.asarray(state.count, jnp.int32), [jnp.asarray(buffer) for _, buffer in named]
 
@@ -112,7 +131,7 @@ def take(buffers: Sequence[Array], leaf: Leaf) -> TensorState:
 
     def get(slot: Slot) -> Array:
         if slot.size == 0:
-            return jnp.zeros(slot.shape, leaf.dtype)
+            return jnp.zeros(slot.shape, leaf.arithmetic)
         flat = jnp.reshape(buffers[slot.buffer], (-1,))
         return jnp.reshape(flat[slot.offset : slot.offset + slot.size], slot.shape)
 
@@ -130,25 +149,34 @@ def put(buffers: list[Array], leaf: Leaf, state: TensorState) -> None:
 
 @lru_cache(maxsize=64)
 def layout(
-    spec: Spec, leaves: tuple[tuple[str, tuple[int, ...], str], ...], packed: tuple[str, ...]
+    spec: Spec,
+    leaves: tuple[tuple[str, tuple[int, ...], str], ...],
+    packed: tuple[str, ...],
+    state_dtype: str | None = None,
 ) -> Layout:
-    """Layout for (path, shape, dtype) of each parameter; `packed` are the dtypes that JAX has at the moment."""
+    """Layout for (path, shape, dtype) of each parameter; `packed` are those that `packed_dtypes` gives at the moment.
+
+    Raises BackendError, naming the parameter, if its state cannot be kept in `state_dtype`.
+    """
     sizes = [0] * len(packed)
     shapes: list[tuple[int, ...]] = []
+    dtypes = list(packed)
     found: list[Leaf] = []
     abstract = [jax.ShapeDtypeStruct(shape, dtype) for _, shape, dtype in leaves]
     states = jax.eval_shape(lambda ps: [init_state(spec, p) for p in ps], abstract)
     for (path, shape, dtype), state in zip(leaves, states, strict=True):
-        shared = packed.index(dtype)
+        check_state_dtype(state_dtype, path, dtype)
+        averages = state_dtype or arithmetic(dtype)
         empty = 0 in shape
         large = math.prod(shape) > PACKED_SIZE
         own: int | None = None
         decays = 0  # leading axis of the own buffer so far
-        start = sizes[shared]
         slots = []
-        for array in state:
+        for name, array in zip(TensorState._fields, state, strict=True):
+            stored = averages if name in AVERAGES else arithmetic(dtype)
+            shared = packed.index(stored)
             size = 0 if empty else math.prod(array.shape)
-            if size and large and array.shape[1:] == shape:
+            if size and large and array.shape[1:] == shape and stored == averages:
                 own = len(packed) + len(shapes)
                 slots.append(Slot(own, decays * math.prod(shape), array.shape))
                 decays += array.shape[0]
@@ -159,13 +187,33 @@ def layout(
                 slots.append(Slot(shared, 0, (0,)))
         if own is not None:
             shapes.append((decays, *shape))
-        if sizes[shared] > start:
-            sizes[shared] = -(-sizes[shared] // _ALIGNMENT) * _ALIGNMENT
+            dtypes.append(averages)
+        sizes = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
         found.append(Leaf(path, shape, dtype, TensorState(*slots), own))
-    dtypes = [*packed, *(leaf.dtype for leaf in found if leaf.own is not None)]
     return Layout(tuple(found), packed, (*((n,) for n in sizes), *shapes), tuple(dtypes))
 
 
-def packed_dtypes() -> tuple[str, ...]:
-    """Dtypes that parameters may have: always the same packed arrays, whatever the parameters are."""
-    return ("float32", "float64") if jax.config.jax_enable_x64 else ("float32",)
+def packed_dtypes(state_dtype: str | None = None) -> tuple[str, ...]:
+    """Dtypes of state: always the same packed arrays, whatever the parameters are."""
+    wide = ("float32", "float64") if jax.config.jax_enable_x64 else ("float32",)
+    return wide if state_dtype in (None, "float32") else (*wide, state_dtype)
+
+
+def state_dtype_name(dtype: Any) -> str | None:
+    """Raises ValueError unless it is a dtype in which state can be kept, or None."""
+    try:
+        name = None if dtype is None else jnp.dtype(dtype).name
+    except TypeError:
+        name = ""
+    if name not in (None, "float32", "bfloat16"):
+        raise ValueError(f"state_dtype={dtype!r}: must be jnp.float32, jnp.bfloat16 or None")
+    return name
+
+
+def check_state_dtype(state_dtype: str | None, path: str, dtype: str) -> None:
+    """Raise BackendError unless a parameter of this dtype can have state in `state_dtype`."""
+    if state_dtype is not None and arithmetic(dtype) != "float32":
+        raise BackendError(
+            f"state_dtype={state_dtype!r}: params{path} is {dtype}, which has its state in {arithmetic(dtype)}: "
+            "leave out state_dtype, or cast the parameter"
+        )

@@ -10,16 +10,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import DTypeLike
 
 from ..architectures import Architecture
+from ..backends import BackendError
 from ..checkpoint import Checkpoint, load
-from ..native import flat_theta
+from ..native import arithmetic, flat_theta
 from ..reference import Array, flatten_theta
 from ..spec import Spec, SpecError, Statistics
 from . import architecture
 from .call import Choice, Step, Theta, learned_optimizer_step, resolve, vary_like
-from .state import LearnedOptimizerState, layout, packed_dtypes
-from .trees import Schedule, check_number, flatten, gradients, scalars
+from .state import Layout, LearnedOptimizerState, layout, packed_dtypes, state_dtype_name
+from .trees import (
+    Described,
+    Schedule,
+    check_number,
+    dtype_of,
+    flatten,
+    gradients,
+    kind_of,
+    scalars,
+)
 
 
 class LearnedOptimizer(optax.GradientTransformationExtraArgs):
@@ -47,11 +58,17 @@ def learned_optimizer(
     max_grad_norm: float | Array | None = None,
     backend: str = "auto",
     num_steps: float | Array | None = None,
+    state_dtype: DTypeLike | None = None,
 ) -> LearnedOptimizer:
     """A learned optimizer for JAX: `small_fc_lopt` (Metz et al. 2022, arXiv 2203.11860) or any other architecture.
 
-    The update is ``-learning_rate * (step + weight_decay * params)``, with the step of the optimizer's network. It
-    works under `jax.jit` (donate `params` and state to update in place), `jax.lax.scan`, `jax.vmap` over any of
+    The update is ``-learning_rate * (step + weight_decay * params)``, with the step of the optimizer's network.
+    Parameters are float32, bfloat16, float16 or, where JAX has it enabled, float64, mixed as you like. A gradient has
+    the dtype of its parameter; so have updates and new parameters, rounded to the nearest, once: arithmetic and state
+    are in float32, for float64 parameters in float64. An update of `update` is rounded before it is added, and a sum
+    of bfloat16 again: `step` loses less.
+
+    It works under `jax.jit` (donate `params` and state to update in place), `jax.lax.scan`, `jax.vmap` over any of
     parameters, gradients, state, meta-parameters, hyperparameters and losses, and inside `jax.shard_map`, where
     statistics are those of each shard. Architectures other than `small_fc_lopt` have state of their own,
     `ArchitectureState`. With backend="reference" XLA compiles each shape of parameter once, in about 4 seconds of a
@@ -67,11 +84,14 @@ def learned_optimizer(
             batched (meta-training).
         statistics: "exact" or "lagged"; None: as the checkpoint says.
         max_grad_norm: gradients are scaled down to this norm, over all of them together; None: they are not.
-        backend: "auto", "cpu" or "cuda" (the kernels; "cuda" takes float32 parameters), or "reference" (plain array
-            code; also differentiable). Only `small_fc_lopt` has kernels for "cuda".
+        backend: "auto", "cpu" or "cuda" (the kernels; "cuda" does not take float64 parameters), or "reference" (plain
+            array code; also differentiable).
         num_steps: length of the whole training, for architectures that know theirs (`celo`, `velo`); others do not
             look at it. A number or a scalar array, which may be traced, so that one program serves many lengths.
             It may be changed on resuming: time is what fraction of it has passed, so the schedule is stretched.
+        state_dtype: of momentum and second moment of `small_fc_lopt`; None: float32, or float64 where the parameter is.
+            The CUDA kernels take jnp.bfloat16 as well, rounded stochastically and reproducibly: half the state. In
+            `optax.inject_hyperparams` give the name, "bfloat16": a type would be taken for a schedule.
 
     Returns:
         A `optax.GradientTransformationExtraArgs` with the additional methods `step` and `observe_validation`. Extra
@@ -80,27 +100,33 @@ def learned_optimizer(
 
     Raises:
         CheckpointError, SpecError: a checkpoint, specification or meta-parameters that cannot be used.
-        BackendError: at `update`, a backend that cannot be used here.
-        ValueError: hyperparameters out of range or missing; at `init` and `update`, trees, shapes or types that do
-            not fit, named by their path, and a loss that is missing.
+        BackendError: at `update`, a backend that cannot be used here, or no backend takes `state_dtype`.
+        ValueError: hyperparameters out of range (a learning rate or a weight decay below 0, where it is a constant) or
+            missing; at `init` and `update`, trees, shapes or types that do not fit, named by their path, and a loss
+            that is missing.
     """
     spec, theta = _spec_and_theta(optimizer, theta)
     spec = spec.with_statistics(statistics)
     if not callable(learning_rate):
-        check_number("learning_rate", learning_rate)
-    check_number("weight_decay", weight_decay)
+        check_number("learning_rate", learning_rate, "not negative")
+    check_number("weight_decay", weight_decay, "not negative")
     if max_grad_norm is not None:
-        check_number("max_grad_norm", max_grad_norm, positive=True)
+        check_number("max_grad_norm", max_grad_norm, "positive")
     if num_steps is not None:
-        check_number("num_steps", num_steps, positive=True)
+        check_number("num_steps", num_steps, "positive")
+    state_type = state_dtype_name(state_dtype)
     if isinstance(spec, Architecture):
+        if state_type == "bfloat16":
+            raise BackendError(f"state_dtype='bfloat16': {spec.NAME} keeps its state in float32")
         if spec.needs_num_steps and num_steps is None:
             raise ValueError(f"{spec.NAME} needs num_steps=..., the number of steps of the whole training")
         chosen = architecture.Optimizer(
             spec, theta, learning_rate, weight_decay, max_grad_norm, num_steps, backend
         )
         return _transformation(chosen.init, chosen.advance, chosen.observe_validation)
-    init, advance = _small_fc_lopt(spec, theta, learning_rate, weight_decay, max_grad_norm, backend)
+    init, advance = _small_fc_lopt(
+        spec, theta, learning_rate, weight_decay, max_grad_norm, backend, state_type
+    )
     return _transformation(init, advance, lambda state, loss: state)
 
 
@@ -139,12 +165,16 @@ def _small_fc_lopt(
     weight_decay: float | Array,
     max_grad_norm: float | Array | None,
     backend: str,
+    state_dtype: str | None,
 ) -> tuple[Callable[[Any], Any], Callable[..., tuple[Any, Any]]]:
     """(init, advance), see `_transformation`."""
 
+    def laid_out(described: Sequence[Described]) -> Layout:
+        return layout(spec, tuple(leaf[:3] for leaf in described), packed_dtypes(state_dtype), state_dtype)
+
     def init(params: Any) -> LearnedOptimizerState:
         described, leaves, treedef = flatten(params)
-        plan = layout(spec, tuple(leaf[:3] for leaf in described), packed_dtypes())
+        plan = laid_out(described)
         count, *buffers = vary_like([jnp.zeros((), jnp.int32), *plan.zeros()], leaves)
         return plan.unflatten(count, buffers, treedef)
 
@@ -153,15 +183,15 @@ def _small_fc_lopt(
     ) -> tuple[Any, LearnedOptimizerState]:
         del loss
         described, leaves, treedef = flatten(params)
-        plan = layout(spec, tuple(leaf[:3] for leaf in described), packed_dtypes())
+        plan = laid_out(described)
         count, buffers = plan.flatten(state, treedef)
         found = gradients(grads, params, treedef, described)
         present = tuple(i for i, leaf in enumerate(plan.leaves) if found[i] is not None and leaf.size > 0)
         dtypes = sorted({plan.leaves[i].dtype for i in present})
-        chosen = resolve(spec, dtypes, backend) if present else Choice((), True)
+        chosen = resolve(spec, dtypes, backend, state_dtype) if present else Choice((), True)
         outputs, buffers = learned_optimizer_step(
             Step(spec, plan, present, max_grad_norm is not None, apply, chosen),
-            _theta(spec, theta, dtypes, chosen),
+            _theta(spec, theta, sorted(set(map(arithmetic, dtypes))), chosen),
             count,
             scalars(learning_rate, weight_decay, max_grad_norm, count),
             buffers,
@@ -188,13 +218,18 @@ def _spec_and_theta(
     else:
         checkpoint = load(optimizer)
         spec, theta = checkpoint.spec, checkpoint.theta if theta is None else theta
+    for name, value in theta.items():
+        if not dtype_of(value).startswith(("float", "bfloat")):
+            raise SpecError(
+                f"theta[{name!r}] is {kind_of(value)}: meta-parameters are floating-point numbers"
+            )
     arrays = {n: a if isinstance(a, (jax.Array, np.ndarray)) else jnp.asarray(a) for n, a in theta.items()}
     spec.check_theta(arrays)
     return spec, arrays
 
 
 def _theta(spec: Spec, theta: Mapping[str, Array], dtypes: Sequence[str], choice: Choice) -> Theta:
-    """The meta-parameters in the form that the backend takes; those that are constants are folded here."""
+    """The meta-parameters of these types as the backend takes them; those that are constants are folded here."""
     flat: dict[str, Array] = {}
     named: dict[str, dict[str, Array]] = {}
     if choice.reference:

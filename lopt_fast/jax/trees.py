@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 
+from ..native import HALF_TYPES
 from ..reference import Array
-from .state import packed_dtypes
 
 Schedule: TypeAlias = Callable[[Array], Array]
 
@@ -32,15 +33,16 @@ class Described(NamedTuple):
 
 
 def flatten(params: Any) -> tuple[tuple[Described, ...], list[Array], Any]:
-    """Descriptions, arrays and structure. Raises ValueError for a leaf that is neither float32 nor float64."""
+    """Descriptions, arrays and structure. Raises ValueError for a leaf of a dtype that cannot be optimized."""
     with_path, treedef = tree_flatten_with_path(params)
+    dtypes = ("float32", *HALF_TYPES, *(("float64",) if jax.config.jax_enable_x64 else ()))
     described, leaves = [], []
     for path, value in with_path:
         name, dtype = keystr(path), dtype_of(value)
-        if dtype not in packed_dtypes():
+        if dtype not in dtypes:
             raise ValueError(
-                f"params{name} is {dtype or type(value).__name__}: parameters must be float32"
-                f"{' or float64' if 'float64' in packed_dtypes() else ''}; cast it, or leave it out with optax.masked"
+                f"params{name} is {dtype or type(value).__name__}: parameters must be {', '.join(dtypes[:-1])} or "
+                f"{dtypes[-1]}; cast it, or leave it out with optax.masked"
             )
         leaves.append(jnp.asarray(value, dtype))
         joined = "/".join(_key(entry) for entry in path)
@@ -68,23 +70,28 @@ def gradients(grads: Any, params: Any, treedef: Any, described: Sequence[Describ
         if gradient is None:
             arrays.append(None)
             continue
-        dtype = dtype_of(gradient)
-        shape = jnp.shape(gradient) if dtype else ()
-        if (dtype, shape) != (leaf.dtype, leaf.shape):
-            kind = f"{dtype}{shape}" if dtype else type(gradient).__name__
-            raise ValueError(f"grads{leaf.path} is {kind}, its parameter {leaf.dtype}{leaf.shape}")
-        arrays.append(jnp.asarray(gradient, dtype))
+        if (dtype_of(gradient), np.shape(gradient)) != (leaf.dtype, leaf.shape):
+            raise ValueError(
+                f"grads{leaf.path} is {kind_of(gradient)}, its parameter {leaf.dtype}{leaf.shape}"
+            )
+        arrays.append(jnp.asarray(gradient, leaf.dtype))
     return arrays
 
 
-def check_number(name: str, value: Any, positive: bool = False, finite: bool = True) -> None:
-    """Raise ValueError unless `value` is a real scalar, checked as far as it is known: a traced one is not."""
+def check_number(name: str, value: Any, sign: Literal["positive", "not negative"] | None) -> None:
+    """Raise ValueError unless `value` is a real scalar, of this sign and finite; None: any number.
+
+    Numbers and NumPy's arrays are checked; the value of a JAX array is not known (traced), or the host would wait for
+    it.
+    """
     dtype = dtype_of(value)
-    if not dtype.startswith(("float", "bfloat", "int", "uint")) or jnp.shape(value) != ():
+    if not dtype.startswith(("float", "bfloat", "int", "uint")) or np.shape(value) != ():
         raise ValueError(f"{name}={value!r}: must be a real number or a scalar array")
-    known = isinstance(value, (int, float)) and finite
-    if known and not (math.isfinite(value) and (value > 0 or not positive)):
-        raise ValueError(f"{name}={value!r}: must be finite{' and positive' if positive else ''}")
+    if sign is None or isinstance(value, jax.Array):
+        return
+    number = float(value)
+    if not (math.isfinite(number) and (number > 0 or (number == 0 and sign == "not negative"))):
+        raise ValueError(f"{name}={value!r}: must be finite and {sign}")
 
 
 def dtype_of(value: Any) -> str:
@@ -95,6 +102,12 @@ def dtype_of(value: Any) -> str:
         return str(jnp.asarray(value).dtype)
     except (TypeError, ValueError):
         return ""
+
+
+def kind_of(value: Any) -> str:
+    """Dtype and shape, as "float32(3, 4)"; the type of what is not an array."""
+    dtype = dtype_of(value)
+    return f"{dtype}{tuple(np.shape(value))}" if dtype else type(value).__name__
 
 
 def scalars(

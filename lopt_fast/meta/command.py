@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from ..errors import install
 from ..files import write_atomically
 from ..terminal import errors, stderr, write_json
 
@@ -122,7 +123,7 @@ def _finish(config_path: Path, out: Path, outcome: Any, console: Console) -> Non
     try:
         written += plot_run(out) if outcome.finished else []
     except ImportError:
-        console.print("no plots: matplotlib is not installed (pip install 'lopt_fast[plot]')", markup=False)
+        console.print(f"no plots: matplotlib is not installed: {install('plot')}", markup=False)
     for path in written:
         note = (
             f" (outer step {progress.best_step}, score {progress.best_score:.4f})"

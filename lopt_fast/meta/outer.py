@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..architectures import Architecture, small_fc_lopt
 from ..architectures import initial_theta as random_theta
+from ..data import canonical
 from ..spec import Spec
 from . import devices
 from .config import ConfigError, MetaTrainConfig, TaskTable
@@ -67,7 +68,8 @@ def truncated_tasks(config: MetaTrainConfig, tasks: Sequence[Task]) -> tuple[Tru
 
 
 def _truncated(config: MetaTrainConfig, table: TaskTable, task: Task) -> TruncatedTask:
-    unknown = sorted(table.data_weights.keys() - set(task.variants))
+    weights = {canonical(name): weight for name, weight in table.data_weights.items()}
+    unknown = sorted(weights.keys() - set(map(canonical, task.variants)))
     if unknown:
         raise ConfigError(
             f"task {task.name}: data_weights for {unknown}, but it has {', '.join(task.variants)}"
@@ -87,7 +89,7 @@ def _truncated(config: MetaTrainConfig, table: TaskTable, task: Task) -> Truncat
         steps=config.truncation.steps,
         resets_inside=config.truncation.resets == "inside",
         loss_clip=table.loss_clip,
-        data_weights=tuple(table.data_weights.get(name, 1.0) for name in task.variants),
+        data_weights=tuple(weights.get(canonical(name), 1.0) for name in task.variants),
     )
 
 

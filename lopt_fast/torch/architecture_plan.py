@@ -10,7 +10,7 @@ in NumPy, on the memory of PyTorch's tensors: a small operation of PyTorch costs
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain, compress
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ from ..reference import Array, TensorState
 from . import device
 from .operations import implementation
 from .plan import check_gradient, check_parameters
-from .scalars import HOST, Groups, Number, clip_factor, hyperparameters, moved, on_host
+from .scalars import HOST, Groups, Number, clip_factor, hyperparameters, moved, number_of, on_host
 from .shares import Planned, State
 from .state import Layout, Options, check_keys, checked_arrays, checked_step
 
@@ -80,10 +80,15 @@ def check_number(loss: Any) -> None:
         if loss.numel() != 1 or loss.is_complex():
             raise ValueError(f"loss is {loss.dtype} of shape {tuple(loss.shape)}: must be one real number")
         return
-    try:
-        float(loss)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"loss={loss!r}: must be one real number") from error
+    if number_of(loss) is None:
+        raise ValueError(f"loss={loss!r}: must be one real number")
+
+
+def _check_not_captured(architecture: Architecture, devices: Iterable[torch.device]) -> None:
+    """Raise RuntimeError while a CUDA graph is captured: a replay would read the numbers of this step, from memory
+    that is then another's. Before anything that a capture does not allow."""
+    if any(map(device.capturing, devices)):
+        raise RuntimeError(f"a step of {architecture.NAME} cannot be captured into a CUDA graph")
 
 
 class Level(NamedTuple):
@@ -210,6 +215,10 @@ class _Model:
             )
         arrays = self.architecture.init_shared(self.theta)
         check_keys(what, ["step", "num_steps", *arrays], found, _HINT)
+        try:
+            check_num_steps(self.architecture, found["num_steps"])
+        except ValueError as error:
+            raise ValueError(f"{what}: {error}") from error
         layouts = {key: _layout(a) for key, a in arrays.items()}
         return {
             "step": checked_step(what, found["step"], self.level.device, copy),
@@ -225,9 +234,8 @@ class ArchitecturePlan:
         self, options: Options[Architecture], memory: device.Memory, groups: Groups, state: State
     ) -> None:
         self.options = options
+        _check_not_captured(options.spec, {p.device for group in groups for p in group["params"]})
         self._model = model = _Model(options, memory, groups)
-        if device.capturing(model.level.device):
-            raise RuntimeError(f"a step of {options.spec.NAME} cannot be captured into a CUDA graph")
         for _, name, p, _ in model.everything:
             if p.grad is not None:
                 check_gradient(name, p)
@@ -318,6 +326,7 @@ class ArchitecturePlan:
         num_steps: int | None,
     ) -> bool:
         """As `plan.Plan.step`; `loss` and `num_steps` as `LearnedOptimizer` takes them."""
+        _check_not_captured(self._model.architecture, (self._model.level.device,))
         gradients = self._seen.gradients(groups, state)
         if gradients is None:
             return False
@@ -376,7 +385,7 @@ class ArchitecturePlan:
     def _operand(self, member: _Member, a: torch.Tensor) -> torch.Tensor:
         _, _, p, home = member.planned
         if self._backend != "reference" and a.stride() != member.strides:
-            return torch.empty_strided(p.shape, member.strides, dtype=p.dtype, device=p.device).copy_(a)
+            return torch.empty_strided(p.shape, member.strides, dtype=home.sums, device=p.device).copy_(a)
         return a if a.dtype == home.sums else a.to(home.sums)
 
     def _gradient_factor(

@@ -10,21 +10,11 @@ import torch
 
 from ..architectures import Architecture
 from ..backends import cuda
-from ..native import DTYPES, flat_theta
+from ..native import flat_theta
 from ..spec import Spec
 
 KERNELS: dict[str, Callable[[], Any]] = {"cuda": lambda: cuda().device()}
 """Backends that csrc/gpu.h describes: what gives the capsule with their GpuDevice."""
-
-HALF_TYPES = ("bfloat16", "float16")
-
-TYPES: dict[str, tuple[str, ...]] = {"cpu": DTYPES}
-"""Types of parameters by the type of their device; where it is not named: these and the half types."""
-
-
-def types_on(device_type: str) -> tuple[str, ...]:
-    """Names of the types of parameters that can be optimized there, by a kernel or the reference."""
-    return TYPES.get(device_type, (*DTYPES, *HALF_TYPES))
 
 
 def guard(device: torch.device) -> AbstractContextManager[Any]:

@@ -8,7 +8,7 @@ import torch
 
 from ..architectures import Architecture
 from ..backends import BACKENDS, OPERATIONS, BackendError, BackendWarning, native
-from ..native import DTYPES
+from ..native import STORAGE_TYPES
 from ..native_operations import CpuOperations, Kept, unsupported
 from ..operations import ElementMlp, Operations, Reference
 from . import device, triton_operations
@@ -111,8 +111,8 @@ def _cpu_refusal(architecture: Architecture, device_type: str, dtype_name: str) 
         return str(error)
     if not hasattr(core, "element_mlp"):
         return "the compiled core lopt_fast._native is older than these kernels: reinstall lopt_fast"
-    if dtype_name not in DTYPES:
-        return f"it takes {' and '.join(DTYPES)}, not {dtype_name}"
+    if dtype_name not in STORAGE_TYPES:  # of a half type they get copies in float32
+        return f"it takes {', '.join(STORAGE_TYPES[:-1])} and {STORAGE_TYPES[-1]}, not {dtype_name}"
     mlp = getattr(architecture, "mlp", None)
     return unsupported(mlp) if isinstance(mlp, ElementMlp) else None
 

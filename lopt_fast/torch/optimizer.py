@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -31,9 +32,11 @@ class LearnedOptimizer(Optimizer):
 
     Each parameter moves by ``-lr * (step + weight_decay * p)``; `step` comes from a small network whose inputs are
     running averages of the gradient, and in most architectures from a network that sees the tensors of the model, how
-    the loss goes and how far the training is: these need ``step(loss=loss)``, `num_steps`, or both. float32 and float64
-    parameters of any strides, on devices other than the CPU bfloat16 and float16 as well, mixed as you like; the
-    gradient has the type of its parameter.
+    the loss goes and how far the training is: these need ``step(loss=loss)``, `num_steps`, or both. Parameters
+    are float32, float64, bfloat16 or float16, of any strides, mixed as you like; the gradient has the type of its
+    parameter. For bfloat16 and float16 arithmetic and state are float32, and the new parameter is rounded to the
+    nearest: as with any optimizer, a step smaller than half of the last bit of a parameter is lost. Where that matters,
+    keep the parameters in float32 and use autocast.
 
     State of a parameter of shape S for `small_fc_lopt` (Metz et al. 2022, arXiv 2203.11860), the default, created at
     its first gradient, lying in memory in the parameter's own order of axes: ``step`` (int64 scalar, the steps taken),
@@ -44,7 +47,8 @@ class LearnedOptimizer(Optimizer):
     Of other architectures: those of these averages that it has, and the parameter's row of the tensor-level state.
     Empty parameters have none. The state of the whole model is the dict ``param_groups[0]["shared"]``, with ``step``,
     the steps in which any parameter had a gradient. All parameters must be on one device, as the network sees them
-    together. A step waits for no device other than the CPU; it cannot be captured into a CUDA graph.
+    together. A step waits for no device other than the CPU; it cannot be captured into a CUDA graph. Kernels get
+    parameters and gradients of bfloat16 and float16 as copies in float32, made for the step.
 
     With GPU kernels (backends "cuda" and "triton") ``step`` lies on the device, and the host waits for nothing in a
     step: a learning rate, a weight decay and what `torch.amp.GradScaler` gives are read by the kernels where they are
@@ -104,6 +108,7 @@ class LearnedOptimizer(Optimizer):
             raise ValueError(f"mlp={mlp!r}: must be one of {', '.join(MLP_VARIANTS)}")
         self.backend, self.state_dtype, self.mlp = backend, state_dtype, mlp
         self.num_steps = num_steps
+        self._guard = _OneThread()
         self._plan: Plan | ArchitecturePlan | None = None
         self._memory = Memory(self.spec, self.checkpoint.theta)
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
@@ -130,14 +135,14 @@ class LearnedOptimizer(Optimizer):
         `loss` is for architectures that look at the training loss; `small_fc_lopt` does not. It is the one of these
         gradients, not scaled by a `torch.amp.GradScaler`; a tensor on a device is read there.
         Raises ValueError, naming the parameter, for a gradient that cannot be used, and if there is no loss where it is
-        needed. Nothing has been written then.
+        needed; RuntimeError if another thread is in a step of this optimizer. Nothing has been written then.
         """
         if closure is not None:
             if loss is not None:
                 raise ValueError("step() takes a closure or a loss, not both")
             with torch.enable_grad():
                 loss = closure()
-        self._update(loss)
+        self._guarded_update(loss)
         return loss
 
     @torch.no_grad()
@@ -149,9 +154,14 @@ class LearnedOptimizer(Optimizer):
         """
         if isinstance(self.spec, Architecture):
             architecture_plan.check_number(loss)
-            architecture_plan.observe_validation(self._options(), self._memory, self.param_groups, loss)
+            with self._guard:
+                architecture_plan.observe_validation(self._options(), self._memory, self.param_groups, loss)
 
     @torch._disable_dynamo  # the plan works on addresses, which a traced tensor does not have
+    def _guarded_update(self, loss: Any) -> None:
+        with self._guard:
+            self._update(loss)
+
     def _update(self, loss: Any) -> None:
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         if found_inf is not None and on_host(found_inf) and float(found_inf) > 0.0:
@@ -201,12 +211,14 @@ class LearnedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As `torch.optim.Optimizer.load_state_dict`; between devices, and between types of parameters and of state.
 
-        Raises ValueError, naming the parameter, if the state does not fit. Nothing has changed then.
+        Raises ValueError, naming the parameter, if the state does not fit, and RuntimeError if another thread is in a
+        step of this optimizer. Nothing has changed then.
         """
         # PyTorch would cast state to the type of the parameter, here the state of a bfloat16 parameter is float32.
         handle = self.register_load_state_dict_pre_hook(_keep_types)
         try:
-            super().load_state_dict(state_dict)
+            with self._guard:
+                super().load_state_dict(state_dict)
         finally:
             handle.remove()
         if isinstance(self.spec, Architecture):
@@ -242,10 +254,27 @@ class LearnedOptimizer(Optimizer):
         groups, loaded = _plan_type(spec).loaded(options, memory, merged["param_groups"], given)
         super().__setstate__({**state, "state": defaultdict(dict, loaded), "param_groups": groups})
         self._plan, self._memory = None, memory
+        self._guard = merged.get("_guard") or _OneThread()
 
 
 def _plan_type(spec: Spec | Architecture) -> type[Plan] | type[ArchitecturePlan]:
     return Plan if isinstance(spec, Spec) else ArchitecturePlan
+
+
+class _OneThread:
+    """What one thread enters at a time. Another one gets a RuntimeError: waiting would hide that steps interleave."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError(
+                "another thread is in step() of this optimizer: give each thread its own optimizer"
+            )
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
 
 
 class _Kept:
@@ -256,4 +285,32 @@ class _Kept:
 
 
 def _keep_types(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    _check_structure(state_dict)
     return {**state_dict, "state": {key: _Kept(entries) for key, entries in state_dict["state"].items()}}
+
+
+def _check_structure(state_dict: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming the entry, unless it is built as `state_dict()` builds it."""
+    remedy = "load what state_dict() of such an optimizer returned"
+    state, groups = state_dict.get("state"), state_dict.get("param_groups")
+    if not isinstance(state, Mapping) or not isinstance(groups, (list, tuple)):
+        raise ValueError(f"state_dict needs a dict 'state' and a list 'param_groups': {remedy}")
+    known: list[Any] = []
+    for i, group in enumerate(groups):
+        numbers = group.get("params") if isinstance(group, Mapping) else None
+        if not isinstance(numbers, (list, tuple)) or not all(isinstance(n, (int, str)) for n in numbers):
+            raise ValueError(
+                f"state_dict['param_groups'][{i}] needs a list 'params' of parameters' numbers: {remedy}"
+            )
+        known += numbers
+    if len(set(known)) < len(known):
+        raise ValueError(f"state_dict['param_groups'] has the same parameter twice, of {known}: {remedy}")
+    if unknown := sorted(map(str, state.keys() - set(known))):
+        raise ValueError(
+            f"state_dict['state'] has entries {unknown}, which no group in 'param_groups' lists: {remedy}"
+        )
+    for number, entries in state.items():
+        if not isinstance(entries, Mapping):
+            raise ValueError(
+                f"state_dict['state'][{number!r}] is a {type(entries).__name__}, not a dict: {remedy}"
+            )

@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..architectures import Architecture
-from ..native import overlaps
+from ..native import STORAGE_TYPES, overlaps
 from ..spec import Spec
 from . import device
 from .scalars import Groups, Number, clip_factor, hyperparameters, moved, on_host
@@ -45,12 +45,9 @@ def check_parameters(options: Options[Spec | Architecture], groups: Groups) -> l
             raise ValueError(f"{name} is a {type(p).__name__}, a tensor made of others: not supported yet")
         if p.layout != torch.strided:
             raise ValueError(f"{name} has layout {p.layout}: only dense tensors can be optimized")
-        types = device.types_on(p.device.type)
-        if dtype_name(p) not in types:
-            raise ValueError(
-                f"{name} is {p.dtype}: on {p.device.type} {', '.join(types[:-1])} and {types[-1]} are supported "
-                "so far, convert it first"
-            )
+        if dtype_name(p) not in STORAGE_TYPES:
+            types = f"{', '.join(STORAGE_TYPES[:-1])} and {STORAGE_TYPES[-1]}"
+            raise ValueError(f"{name} is {p.dtype}: {types} are supported so far, convert it first")
         if overlaps(p.shape, p.stride()):
             raise ValueError(f"{name} overlaps itself in memory (strides {p.stride()}): use p.clone()")
         if p.is_neg():

@@ -43,19 +43,33 @@ def _hyperparameter(group: dict[str, Any], index: int, key: str, read_devices: b
                 f"{key} of parameter group {index}: must be one number, not {value.dtype}{tuple(value.shape)}"
             )
         return value
-    try:
-        number = float(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{key}={value!r} of parameter group {index}: must be one number") from error
+    number = number_of(value)
+    if number is None:
+        raise ValueError(f"{key}={value!r} of parameter group {index}: must be one number")
     if not 0.0 <= number < math.inf:
         raise ValueError(f"{key}={number} of parameter group {index}: must be finite and not negative")
     return number
 
 
-def check_norm(max_grad_norm: float | None) -> None:
+def number_of(value: Any) -> float | None:
+    """`value` as a float; None unless it is one real number. Text is none, whatever float() makes of it."""
+    if isinstance(value, (str, bytes)):
+        return None
+    if isinstance(value, torch.Tensor) and (value.is_complex() or value.layout != torch.strided):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return None
+
+
+def check_norm(max_grad_norm: Any) -> None:
     """Raise ValueError unless it is positive and finite, or None."""
-    if max_grad_norm is not None and not 0.0 < max_grad_norm < math.inf:
-        raise ValueError(f"max_grad_norm={max_grad_norm}: must be positive and finite, or None")
+    if max_grad_norm is None:
+        return
+    number = number_of(max_grad_norm)
+    if number is None or not 0.0 < number < math.inf:
+        raise ValueError(f"max_grad_norm={max_grad_norm!r}: must be positive and finite, or None")
 
 
 def moved(value: Number, device: torch.device) -> Number:

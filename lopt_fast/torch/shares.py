@@ -13,8 +13,8 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 
 from .. import reference
-from ..backends import native
-from ..native import flat_theta, kernel_spec
+from ..backends import BackendError, native
+from ..native import arithmetic, flat_theta, kernel_spec
 from ..spec import Spec
 from . import device
 from .scalars import Number, moved
@@ -79,7 +79,7 @@ def _fill(plan: Any, everything: Iterable[Planned], mine: Callable[[Planned], bo
                 parameter=p,
                 group=group,
                 record=placement.record(
-                    "float32" if home.on_gpu else dtype_name(p), {k: v.data_ptr() for k, v in tensors.items()}
+                    arithmetic(dtype_name(p)), {k: v.data_ptr() for k, v in tensors.items()}
                 ),
                 order=placement.order,
                 state=tensors,
@@ -90,6 +90,12 @@ def _fill(plan: Any, everything: Iterable[Planned], mine: Callable[[Planned], bo
 
 
 def _exchange() -> dict[str, Any]:
+    """Raises BackendError for a PyTorch that is too old for the kernels."""
+    if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+        raise BackendError(
+            f"PyTorch {torch.__version__} has no DLPack exchange in C, which the kernels need: install a newer one, "
+            "or take backend='reference'"
+        )
     return {
         "exchange": torch.Tensor.__dlpack_c_exchange_api__,
         "is_negated": torch.Tensor.is_neg,

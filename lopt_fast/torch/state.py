@@ -10,14 +10,13 @@ import torch
 
 from ..architectures import Architecture
 from ..backends import BackendError, choose
-from ..native import Placement
+from ..native import Placement, arithmetic
 from ..spec import Accumulates, Spec
 from .operations import operations_backend
 
 Layout: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 """Shape, strides in elements, type."""
 
-_HALF = (torch.bfloat16, torch.float16)
 _GPU_STATE = (torch.float32, torch.bfloat16)
 
 
@@ -74,7 +73,7 @@ class Home:
             )
         if on_gpu:
             return cls(backend, True, wanted or torch.float32, torch.float32)
-        dtype = torch.float32 if p.dtype in _HALF else p.dtype
+        dtype = torch.float64 if arithmetic(dtype_name(p)) == "float64" else torch.float32
         if wanted not in (None, dtype):
             raise BackendError(
                 f"state_dtype={wanted}: {name} is updated by backend {backend!r}, which keeps its state in {dtype}; "
@@ -144,12 +143,12 @@ def checked_arrays(
     result = {}
     for key, (shape, strides, dtype) in layouts.items():
         value = state[key]
-        if not isinstance(value, torch.Tensor) or tuple(value.shape) != shape:
-            found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        if (found := _misfit(value, shape, dtype)) is not None:
             raise ValueError(
                 f"{what}: {key!r} is {found}, expected shape {shape}: "
                 "load a state that was saved for the same model and weights"
             )
+        check_memory(what, key, value)
         laid_out = all(n <= 1 or a == b for n, a, b in zip(shape, value.stride(), strides, strict=True))
         if copy or value.dtype != dtype or value.device != device or not (laid_out or value.numel() == 0):
             value = torch.empty_strided(shape, strides, dtype=dtype, device=device).copy_(value)
@@ -157,8 +156,32 @@ def checked_arrays(
     return result
 
 
+def _misfit(value: Any, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
+    """None if numbers of this shape, and of a kind that `dtype` can hold, can be copied from it; else what it is."""
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    if not _readable(value) or value.is_complex() or value.is_floating_point() != dtype.is_floating_point:
+        return f"{value.dtype}, {value.layout}, on {value.device}"
+    return None if tuple(value.shape) == shape else str(tuple(value.shape))
+
+
+def _readable(value: torch.Tensor) -> bool:
+    return value.layout == torch.strided and not value.is_meta
+
+
+def check_memory(what: str, key: str, value: torch.Tensor) -> None:
+    """Raise ValueError if there is nothing to read."""
+    if value.numel() and value.device.type in ("cpu", "cuda") and value.data_ptr() == 0:
+        raise ValueError(
+            f"{what}: {key!r} has no memory (its storage was freed): load a state, or delete that of the parameter, "
+            "which then starts afresh"
+        )
+
+
 def checked_step(what: str, step: Any, device: torch.device, copy: bool) -> torch.Tensor:
     """A number of steps as an int64 tensor on `device`; itself reused where it is, but for `copy`."""
+    if isinstance(step, torch.Tensor) and _readable(step):
+        check_memory(what, "step", step)
     in_place = (
         isinstance(step, torch.Tensor)
         and step.dtype == torch.int64
@@ -168,7 +191,8 @@ def checked_step(what: str, step: Any, device: torch.device, copy: bool) -> torc
     )
     if in_place and device.type != "cpu":
         return step  # not read: that would wait for the device
-    count = step.item() if isinstance(step, torch.Tensor) and step.numel() == 1 else step
+    is_one = isinstance(step, torch.Tensor) and step.numel() == 1 and _readable(step)
+    count = step.item() if is_one else step
     is_count = isinstance(count, (int, float)) and 0 <= count < 2**62 and count == int(count)
     if not is_count or isinstance(count, bool):
         raise ValueError(f"{what}: 'step' must be one number of steps, not {step!r}")

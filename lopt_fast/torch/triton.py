@@ -1,18 +1,18 @@
 """A step of `small_fc_lopt` by the Triton kernels (kernels/small_fc_lopt/triton.py) over tensors of one device.
 
 `TritonStep` builds once what stays equal from step to step: the table of tensors, the tiles, scratch memory of
-O(rows + columns). A step is then a handful of launches, each over all tensors of one layout, on the current stream;
-nothing on the host waits for them.
+O(rows + columns); all kernels are compiled and loaded. A step is then a handful of launches, each over all tensors of
+one layout, on the current stream; nothing on the host waits for them, and a CUDA graph may capture them.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from operator import attrgetter
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -22,6 +22,7 @@ from ..layout import Loops, dense_strides
 from ..native import Placement
 from ..reference import flatten_theta
 from ..spec import TIMESCALES, Spec
+from . import device as devices
 
 Number: TypeAlias = float | torch.Tensor
 
@@ -36,6 +37,12 @@ _PIECE = 64  # scratch arrays begin at multiples of so many floats
 def kernels() -> Any:
     """The module of kernels. Raises ImportError where triton is missing."""
     return import_module("lopt_fast.kernels.small_fc_lopt.triton")
+
+
+@cache
+def common() -> Any:
+    """What all Triton kernels share. Raises ImportError where triton is missing."""
+    return import_module("lopt_fast.kernels.common.triton")
 
 
 def interpreted() -> bool:
@@ -98,6 +105,9 @@ class TritonTensor:
 class TritonStep:
     """The step over a fixed list of tensors. Build a new one when an address of a parameter or of state changes.
 
+    A CUDA graph may capture steps, any number of graphs, with steps outside of graphs before and after. A graph refers
+    to memory of this object: keep it as long as the graph.
+
     Args:
         theta: named meta-parameters (`Spec.theta_shapes`).
         tensors: all on one device; empty ones are allowed.
@@ -107,7 +117,8 @@ class TritonStep:
         autotune: measure at construction which block of pass 3 is fastest here; results do not depend on it. None: on a
             GPU, for large models (seconds of compiling, once in a process).
 
-    Raises ValueError, naming the tensor, for what cannot be used, and RuntimeError where the kernels cannot run.
+    Raises ValueError, naming the tensor, for what cannot be used, and RuntimeError where the kernels cannot run, and
+    while a graph is captured.
     """
 
     def __init__(
@@ -130,6 +141,11 @@ class TritonStep:
         k = kernels()
         self._spec, self._tensors, self._gradient = spec, tuple(tensors), gradient
         self._device = tensors[0].param.device
+        if devices.capturing(self._device):
+            raise RuntimeError(
+                "a TritonStep cannot be made while a CUDA graph is captured, as it compiles and loads its kernels: "
+                "run a step before the capture, as the example of torch.cuda.CUDAGraph does"
+            )
         for tensor in tensors:
             self._check(tensor)
         matmul = spec.hidden_size >= k.MATMUL_FROM if variant == "auto" else variant == "matmul"
@@ -141,13 +157,13 @@ class TritonStep:
             matmul=matmul,
             precision=precision or k.default_precision(backend),
         )
-        with self._guard():
+        with devices.guard(self._device):
             self._build(theta)
             if autotune is None:
-                large = sum(t.param.numel() for t in tensors) >= _LARGE_MODEL
-                autotune = large and not interpreted() and not torch.cuda.is_current_stream_capturing()
+                autotune = not interpreted() and sum(t.param.numel() for t in tensors) >= _LARGE_MODEL
             if autotune:
                 self._tune()
+            self._load()
 
     # ---- what stays equal ----
 
@@ -188,9 +204,6 @@ class TritonStep:
                 f"{where}: the output must have the shape, strides, type and device of the parameter"
             )
 
-    def _guard(self) -> Any:
-        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
-
     def _build(self, theta: Mapping[str, Any]) -> None:
         k, device = kernels(), self._device
         flat = flatten_theta(self._spec, {n: np.asarray(a, np.float64) for n, a in theta.items()})
@@ -211,18 +224,16 @@ class TritonStep:
         self._layouts = tuple(
             dict.fromkeys(x for x, p in zip(layouts, self._placements, strict=True) if p.loops.size)
         )
-        rows = [
-            _Record(placement.loops, layout, k)
-            for placement, layout in zip(self._placements, layouts, strict=True)
-        ]
+        rows: list[_Record] = []
         tiles: list[list[np.ndarray]] = [[] for _ in self._layouts]
         chunks: list[np.ndarray] = []
         slots = chunk = floats = 0
-        for i, row in enumerate(rows):
-            row.values["first_tile"] = slots
-            slots += row.tiles
-            if row.tiles:
-                tiles[self._layouts.index(layouts[i])].append(row.tile_map(i))
+        for i, placement in enumerate(self._placements):
+            row = _Record(placement.loops, slots, k)
+            rows.append(row)
+            slots += row.values["tiles"]
+            if row.values["tiles"]:
+                tiles[self._layouts.index(layouts[i])].append(tile_map(i, row.values))
             for axis, name in enumerate("xy"):
                 made = row.chunk_map(i, axis, chunk)
                 row.values[f"{name}_chunk"], row.values[f"{name}_chunks"] = chunk, len(made)
@@ -241,17 +252,20 @@ class TritonStep:
         self._table = torch.from_numpy(table).to(device)
         self._chunk_map = torch.from_numpy(_concatenate(chunks, k.CHUNK_FIELDS.value, np.int64)).to(device)
         self._tile_maps = [
-            torch.from_numpy(_concatenate(maps, k.TILE_FIELDS.value, np.int32)).to(device) for maps in tiles
+            torch.from_numpy(_concatenate(maps, common().TILE_FIELDS.value, np.int32)).to(device)
+            for maps in tiles
         ]
-        self._grad_addresses: list[int] = [0] * len(self._tensors)
-        self._gradients = torch.zeros(len(self._tensors), dtype=torch.int64, device=device)
-        groups = 1 + max(t.group for t in self._tensors)
-        # grad_scale, max_norm, then (lr, weight_decay) of each group; what is there now, as far as the host knows.
-        self._numbers = torch.zeros(2 + 2 * groups, dtype=torch.float32, device=device)
-        self._known: list[float | None] = [None] * (2 + 2 * groups)
+        self._groups = 1 + max(t.group for t in self._tensors)
+        self._inputs = _Inputs(len(self._tensors), self._groups, device)
         self._clip = torch.ones(2, dtype=torch.float32, device=device)
         self._no_clip = torch.ones(2, dtype=torch.float32, device=device)
-        self._zero = torch.zeros(1, dtype=torch.float32, device=device)
+        self._zero, self._one = (torch.full((1,), x, dtype=torch.float32, device=device) for x in (0.0, 1.0))
+        self._idle = torch.ones(1, dtype=torch.float32, device=device)
+        counters = [t.step for t in self._tensors]
+        # PyTorch does not count the writes of inference tensors.
+        known = self._network.lagged and not any(map(torch.Tensor.is_inference, counters))
+        self._counters = counters if known else None
+        self._started: list[int] | None = None
         self._instances: dict[tuple[str, Any], tuple[Any, dict[str, Any]]] = {}
 
     def _layout(self, i: int) -> Any:
@@ -271,7 +285,7 @@ class TritonStep:
         return k.Layout(
             place=place,
             aligned=aligned,
-            columns=k.layout_columns(loops.y * loops.batch2),
+            columns=_columns(loops),
             param=_name(tensor.param.dtype),
             grad=_name(self._gradient or tensor.param.dtype),
             state=_name(tensor.state["momentum"].dtype),
@@ -298,6 +312,7 @@ class TritonStep:
             "momentum": state["momentum"],
             "momentum_stride": tensor.state["momentum"].stride(0),
             "second_moment": state["second_moment"],
+            "x_is_row": int(row.loops.x_is_row),
             "mean_squares": state.get("mean_squares", 0),
             "step": tensor.step.data_ptr(),
             "rates": tensor.group,
@@ -305,6 +320,16 @@ class TritonStep:
             "adds": int(output is not None),
         }
         return np.array([v.get(name, 0) for name in kernels().FIELDS], np.int64)
+
+    def _load(self) -> None:
+        """Launch every kernel once, told to do nothing: compiled and loaded. The driver forbids that while a graph is
+        captured, and a captured step may be the first that clips or the first that writes addresses."""
+        self._inputs.numbers.zero_()
+        for kernel, layout, _, arguments in self._launches(
+            self._inputs, self._one, clipping=True, steady=False
+        ):
+            self._launch(kernel, layout, 1, arguments)
+        self._set_addresses(self._inputs.gradients, 0, [])
 
     # ---- one step ----
 
@@ -318,22 +343,25 @@ class TritonStep:
         divide: bool = False,
         found_inf: torch.Tensor | None = None,
         max_norm: Number | None = None,
-        first: bool | None = None,
     ) -> None:
         """Enqueue one step on the current stream.
+
+        Passes 1 and 2 of lagged statistics are needed while a tensor takes its first step. They are left out once this
+        object has taken a step without `found_inf`, as no step counter is 0 then; unless PyTorch has since written one.
+        A captured step always has them, and the device finds out at each replay whether there is anything to do.
 
         Args:
             grads: of every tensor, in its shape and in the type said at construction; strides other than the
                 parameter's cost a copy.
-            lrs, weight_decays: of each group. Tensors of one element on the device are read when the step runs; so are
-                `grad_scale` and `max_norm`. Under graph capture numbers become part of the graph.
+            lrs, weight_decays: of each group; those of groups behind the last tensor's are not used. Tensors of one
+                element on the device are read when the step runs; so are `grad_scale` and `max_norm`. Numbers of a
+                captured step, and addresses of gradients, are part of the graph.
             grad_scale: gradients are multiplied by it first, or divided where `divide`.
-            found_inf: float32 on the device; where it is not 0 nothing is written and no step counted.
+            found_inf: one number on the device; where it is not 0 nothing is written and no step counted.
             max_norm: bound on the norm of the gradients of all tensors with `clip` together.
-            first: False: no step counter is 0 (lagged statistics then need no launches for passes 1 and 2); None: not
-                known, the device finds out.
 
-        Raises ValueError for a gradient that cannot be used; nothing has been enqueued then.
+        Raises ValueError for a gradient or a `found_inf` that cannot be used, and for another number of gradients or
+        groups; nothing has been enqueued then.
         """
         if len(grads) != len(self._tensors):
             raise ValueError(f"{len(grads)} gradients for {len(self._tensors)} tensors")
@@ -344,12 +372,30 @@ class TritonStep:
                     f"the gradient of {tensor.name} is {g.dtype} {tuple(g.shape)} on {g.device}, expected "
                     f"{expected[1]} {tuple(expected[0])} on {expected[2]}"
                 )
-        with self._guard(), torch.no_grad():
-            self._take_gradients(grads)
-            self._take_numbers(lrs, weight_decays, grad_scale, divide, max_norm)
+        if min(len(lrs), len(weight_decays)) < self._groups:
+            raise ValueError(
+                f"{len(lrs)} learning rates and {len(weight_decays)} weight decays for {self._groups} groups"
+            )
+        lrs, weight_decays = lrs[: self._groups], weight_decays[: self._groups]
+        if found_inf is not None and (found_inf.numel() != 1 or found_inf.device != self._device):
+            raise ValueError(
+                f"found_inf has shape {tuple(found_inf.shape)} on {found_inf.device}, expected one number on "
+                f"{self._device}"
+            )
+        capturing = devices.capturing(self._device)
+        # A graph has its own, which each replay writes: others neither change what it reads nor see what it wrote.
+        inputs = _Inputs(len(self._tensors), self._groups, self._device) if capturing else self._inputs
+        writes = self._writes()
+        steady = writes is not None and writes == self._started and not capturing
+        with devices.guard(self._device), torch.no_grad():
+            self._take_gradients(inputs, grads, capturing)
+            self._take_numbers(inputs, lrs, weight_decays, grad_scale, divide, max_norm)
+            stop = self._zero if found_inf is None else found_inf.to(torch.float32)
             for i, dense in self._dense_params.items():
                 dense.copy_(self._tensors[i].param)
-            for kernel, layout, grid, arguments in self._launches(found_inf, max_norm is not None, first):
+            for kernel, layout, grid, arguments in self._launches(
+                inputs, stop, clipping=max_norm is not None, steady=steady
+            ):
                 self._launch(kernel, layout, grid, arguments)
             for i, dense in self._dense_params.items():
                 tensor = self._tensors[i]
@@ -358,7 +404,14 @@ class TritonStep:
                 else:
                     tensor.output.copy_(self._dense_outputs[i])
 
-    def _take_gradients(self, grads: Sequence[torch.Tensor]) -> None:
+        if found_inf is None and not capturing:
+            self._started = writes
+
+    def _writes(self) -> list[int] | None:
+        """How often PyTorch has written each step counter, but for kernels, which only count up; None: unknown."""
+        return None if self._counters is None else [*map(attrgetter("_version"), self._counters)]
+
+    def _take_gradients(self, inputs: _Inputs, grads: Sequence[torch.Tensor], capturing: bool) -> None:
         addresses = []
         for i, g in enumerate(grads):
             placement = self._placements[i]
@@ -366,26 +419,28 @@ class TritonStep:
             if placement.strides_of_view(g.stride()) is not None or (
                 address % _ALIGNMENT and self._aligned[i]
             ):
-                if i not in self._dense_grads:
-                    self._dense_grads[i] = _dense(g, placement)
-                address = self._dense_grads[i].copy_(g).data_ptr()
+                if i not in inputs.dense:
+                    inputs.dense[i] = _dense(g, placement)
+                address = inputs.dense[i].copy_(g).data_ptr()
             addresses.append(address)
-        if addresses != self._grad_addresses:
-            self._upload(addresses)
-
-    def _upload(self, addresses: list[int]) -> None:
-        if self._device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-            host = torch.tensor(addresses, dtype=torch.int64, pin_memory=True)
-            self._gradients.copy_(host, non_blocking=True)
-        else:
+        if addresses == inputs.addresses:
+            return
+        if capturing or self._device.type != "cuda":
             for first in range(0, len(addresses), 8):
-                eight = addresses[first : first + 8]
-                arguments = (self._gradients, first, len(eight), *eight, *[0] * (8 - len(eight)))
-                self._launch("set_addresses", None, 1, arguments)
-        self._grad_addresses = addresses
+                self._set_addresses(inputs.gradients, first, addresses[first : first + 8])
+        else:
+            host = torch.tensor(addresses, dtype=torch.int64, pin_memory=True)
+            inputs.gradients.copy_(host, non_blocking=True)
+        inputs.addresses = addresses
+
+    def _set_addresses(self, to: torch.Tensor, first: int, addresses: list[int]) -> None:
+        """Write up to eight addresses without a copy from the host, which a graph would repeat from freed memory."""
+        padded = addresses + [0] * (8 - len(addresses))
+        self._launch("set_addresses", None, 1, (to, first, len(addresses), *padded))
 
     def _take_numbers(
         self,
+        inputs: _Inputs,
         lrs: Sequence[Number],
         weight_decays: Sequence[Number],
         grad_scale: Number,
@@ -393,41 +448,43 @@ class TritonStep:
         max_norm: Number | None,
     ) -> None:
         pairs = [x for pair in zip(lrs, weight_decays, strict=True) for x in pair]
-        if len(pairs) + 2 != len(self._known):
-            raise ValueError(f"{len(lrs)} learning rates for {(len(self._known) - 2) // 2} groups")
         if divide and not (isinstance(grad_scale, torch.Tensor) and grad_scale.device == self._device):
             grad_scale, divide = 1.0 / float(grad_scale), False
         for i, x in enumerate([grad_scale, 0.0 if max_norm is None else max_norm, *pairs]):
             if isinstance(x, torch.Tensor) and x.device == self._device:
-                self._numbers[i].copy_(x.detach().reshape(()))
+                inputs.numbers[i].copy_(x.detach().reshape(()))
                 if i == 0 and divide:
-                    self._numbers[0].reciprocal_()
-                self._known[i] = None
-            elif self._known[i] != (x := float(x)):
-                self._numbers[i].fill_(x)
-                self._known[i] = x
+                    inputs.numbers[0].reciprocal_()
+                inputs.known[i] = None
+            elif inputs.known[i] != (x := float(x)):
+                inputs.numbers[i].fill_(x)
+                inputs.known[i] = x
 
     def _launches(
-        self, found_inf: torch.Tensor | None, clipping: bool, first: bool | None
+        self, inputs: _Inputs, stop: torch.Tensor, *, clipping: bool, steady: bool
     ) -> Iterator[tuple[str, Any, int, tuple[Any, ...]]]:
-        """(kernel, layout, programs, arguments before the constants) of a step, in order."""
-        spec = self._spec
-        stop = self._zero if found_inf is None else found_inf
-        table, grads, numbers, theta = self._table, self._gradients, self._numbers, self._theta
+        """(kernel, layout, programs, arguments before the constants) of a step, in order.
+
+        stop: where it is not 0 they do nothing. steady: no tensor takes its first step.
+        """
+        spec, lagged = self._spec, self._network.lagged
+        table, grads, numbers, theta = self._table, inputs.gradients, inputs.numbers, self._theta
         clip = self._clip if clipping else self._no_clip
         maps = list(zip(self._layouts, self._tile_maps, strict=True))
         factored = [(layout, tiles) for layout, tiles in maps if layout.place != "vector"]
-        lagged = self._network.lagged
-        exact_passes = not lagged or first is not False
+        exact_passes = not (lagged and steady)
+        idle = self._idle if lagged else stop  # passes 1 and 2 do nothing where it is not 0
         if clipping:
             for layout, tiles in maps:
                 yield "square_sums", layout, len(tiles), (table, grads, tiles, numbers, self._norms, stop)
             yield "clip_factors", None, 1, (self._norms, self._slots, numbers, clip)
+        if lagged and exact_passes:
+            yield "find_first_steps", None, 1, (table, len(self._tensors), stop, idle)
         if factored:
             chunk_arguments = (table, self._chunk_map, self._statistics, theta, stop)
             if exact_passes:
                 for layout, tiles in factored:
-                    yield "factor_statistics", layout, len(tiles), (table, grads, tiles, numbers, clip, stop)
+                    yield "factor_statistics", layout, len(tiles), (table, grads, tiles, numbers, clip, idle)
             yield (
                 "move_accumulators:" + ("before" if lagged else "exact"),
                 None,
@@ -435,14 +492,14 @@ class TritonStep:
                 chunk_arguments,
             )
             yield "fold_factors", None, self._chunks, chunk_arguments
-        everything = (self._sums, theta, numbers, clip, stop)
+        everything = (self._sums, theta, numbers, clip)
         if exact_passes:
             for layout, tiles in maps:
-                yield "feature_statistics", layout, len(tiles), (table, grads, tiles, *everything)
+                yield "feature_statistics", layout, len(tiles), (table, grads, tiles, *everything, idle)
         rule = (spec.step_mult, spec.exp_mult, spec.scale_epsilon)
         yield "fold_network", None, len(self._tensors), (table, self._sums, theta, numbers, stop, *rule)
         for layout, tiles in maps:
-            yield "apply", layout, len(tiles), (table, grads, tiles, *everything)
+            yield "apply", layout, len(tiles), (table, grads, tiles, *everything, stop)
         if lagged:
             if factored:
                 yield "move_accumulators:after", None, self._chunks, chunk_arguments
@@ -500,7 +557,8 @@ class TritonStep:
             self._spec, theta, [tensor], gradient=g.dtype, variant="elementwise", autotune=False
         )
         example.step([g], lrs=[1.0], weight_decays=[0.0])
-        (launch,) = [x for x in example._launches(None, False, None) if x[0] == "apply"]
+        launches = example._launches(example._inputs, example._zero, clipping=False, steady=True)
+        (launch,) = [x for x in launches if x[0] == "apply"]
         function, constants = example._instances["apply", launch[1]]
 
         def seconds(choice: dict[str, int]) -> float:
@@ -530,40 +588,64 @@ def fastest(choices: Sequence[dict[str, int]], seconds: Callable[[dict[str, int]
     return min(choices, key=seconds)
 
 
+class _Inputs:
+    """What a step takes from the host, on the device."""
+
+    def __init__(self, tensors: int, groups: int, device: torch.device) -> None:
+        self.gradients = torch.empty(tensors, dtype=torch.int64, device=device)
+        """Addresses."""
+        self.addresses: list[int] = []
+        """What `gradients` holds, as far as the host knows."""
+        self.numbers = torch.empty(2 + 2 * groups, dtype=torch.float32, device=device)
+        """grad_scale, max_norm, then (lr, weight_decay) of each group."""
+        self.known: list[float | None] = [None] * (2 + 2 * groups)
+        """What `numbers` holds, None where the host does not know."""
+        self.dense: dict[int, torch.Tensor] = {}
+        """Copies of gradients that do not lie in memory as their parameter."""
+
+
+def _columns(loops: Loops) -> int:
+    columns: int = common().layout_columns(loops.y * loops.batch2)
+    return columns
+
+
+def shape_fields(loops: Loops, first_slot: int) -> dict[str, int]:
+    """The fields SHAPE of a record (kernels/common/triton.py). first_slot: number of its first tile among all."""
+    n, columns, groups = loops.size, _columns(loops), loops.batch0 * loops.batch1
+    x, run = (loops.x, loops.y * loops.batch2) if loops.factored else (-(-n // columns), columns)
+    rows = common().rows_per_tile(n, columns)
+    x_tiles, run_tiles = -(-x // rows), -(-run // columns)
+    return {
+        "elements": n,
+        "batch0": loops.batch0,
+        "x": x,
+        "batch1": loops.batch1,
+        "run": run,
+        "batch2": loops.batch2,
+        "x_size": groups * loops.x * loops.batch2 if loops.factored else 0,
+        "y_size": groups * run if loops.factored else 0,
+        "rows_per_tile": rows,
+        "x_tiles": x_tiles,
+        "run_tiles": run_tiles,
+        "tiles": groups * x_tiles * run_tiles if n else 0,
+        "first_slot": first_slot,
+    }
+
+
+def tile_map(tensor: int, fields: Mapping[str, int]) -> np.ndarray:
+    """(tiles, TILE_FIELDS) int32 of a tensor that has `shape_fields`, by slot; `tensor`: its place in the table."""
+    groups = fields["batch0"] * fields["batch1"]
+    grid = np.indices((groups, fields["x_tiles"], fields["run_tiles"])).reshape(3, -1)
+    return np.stack([np.full_like(grid[0], tensor), *grid], axis=1).astype(np.int32)
+
+
 class _Record:
-    """Sizes, tiles, chunks and scratch of one tensor."""
+    """Sizes, chunks and scratch of one tensor."""
 
-    def __init__(self, loops: Loops, layout: Any, k: Any) -> None:
+    def __init__(self, loops: Loops, first_slot: int, k: Any) -> None:
         self.loops, self._k = loops, k
-        n = loops.size
-        x, run = (
-            (loops.x, loops.y * loops.batch2) if loops.factored else (-(-n // layout.columns), layout.columns)
-        )
-        self.groups = loops.batch0 * loops.batch1
-        rows = k.rows_per_tile(n, layout.columns)
-        self.x_tiles, self.run_tiles = -(-x // rows), -(-run // layout.columns)
-        self.tiles = self.groups * self.x_tiles * self.run_tiles if n else 0
-        self.values = {
-            "elements": n,
-            "batch0": loops.batch0,
-            "x": x,
-            "batch1": loops.batch1,
-            "run": run,
-            "batch2": loops.batch2,
-            "x_size": loops.batch0 * loops.x * loops.batch1 * loops.batch2 if loops.factored else 0,
-            "y_size": loops.batch0 * loops.batch1 * loops.y * loops.batch2 if loops.factored else 0,
-            "x_is_row": int(loops.x_is_row),
-            "rows_per_tile": rows,
-            "x_tiles": self.x_tiles,
-            "run_tiles": self.run_tiles,
-            "tiles": self.tiles,
-        }
+        self.values = shape_fields(loops, first_slot)
         self.scratch: dict[str, int] = {}
-
-    def tile_map(self, tensor: int) -> np.ndarray:
-        """(tiles, 4): tensor, group, tile along x, tile along the run."""
-        grid = np.indices((self.groups, self.x_tiles, self.run_tiles)).reshape(3, -1)
-        return np.concatenate([np.full((1, self.tiles), tensor), grid]).T.astype(np.int32)
 
     def chunk_map(self, tensor: int, axis: int, first_chunk: int) -> np.ndarray:
         """(chunks, CHUNK_FIELDS) of the accumulator along x (axis 0) or y; see `_chunk` of the kernels."""
@@ -598,7 +680,7 @@ class _Record:
         """Place the scratch arrays of the tensor from float `used` on; the float behind them."""
         v = self.values
         sizes = {"network": self._k.network_at("end", units)}
-        for name, tiles in (("x", self.run_tiles), ("y", self.x_tiles)):
+        for name, tiles in (("x", v["run_tiles"]), ("y", v["x_tiles"])):
             size = v[f"{name}_size"]
             sizes |= {f"{name}_sums": tiles * size, f"{name}_factor": 3 * size, f"{name}_bias": units * size}
         for name, size in sizes.items():

@@ -22,14 +22,9 @@ from ..operations.adam import ADAM_AVERAGES, adam_between_statistics
 from ..reference import Array, TensorState
 from ..spec import Accumulates, Averages
 from . import operands
-from .triton import available, interpreted
+from .triton import available, common, interpreted, shape_fields, tile_map
 
 _ALIGNMENT = 16  # bytes
-
-
-@cache
-def _common() -> Any:
-    return import_module("lopt_fast.kernels.common.triton")
 
 
 @cache
@@ -166,7 +161,7 @@ class TritonOperations:
             found: dict[str, Any] = k.constants(spec, layout, mode, "hip" if torch.version.hip else "cuda")
             return found
 
-        adding = {"WIDTH": width, "BLOCK": _common().ADD_TILES_BLOCK}
+        adding = {"WIDTH": width, "BLOCK": common().ADD_TILES_BLOCK}
         with operands.guard(call.device):
             if plan.pieces is not None:
                 call.over_tiles(k.factor_sums, k.FACTOR_BLOCK, constants, call.numbers)
@@ -176,14 +171,14 @@ class TritonOperations:
                     k.move_factored, len(plan.pieces), moving, plan.pieces, rates, self._stop(call.device)
                 )
             call.over_tiles(k.column_sums, k.block(spec, "column_sums"), constants, sums, rates, call.numbers)
-            call.over_tensors(_common().add_tiles, adding, sums, totals)
+            call.over_tensors(common().add_tiles, adding, sums, totals)
             networks = _folded(spec, weights, totals / plan.elements[:, None], plan.elements, multiplier)
             call.over_tiles(
                 k.apply, k.block(spec, "apply"), constants,
                 sums, rates, call.numbers, networks, self._stop(call.device),
             )  # fmt: skip
             if spec.messages:
-                call.over_tensors(_common().add_tiles, adding, sums, totals)
+                call.over_tensors(common().add_tiles, adding, sums, totals)
         return totals[:, : spec.hidden_size] / plan.elements[:, None]
 
     def adam(
@@ -261,7 +256,8 @@ class _Call:
         # Stays until the launches that read it are enqueued: memory is then reused in the order of the stream.
         self._scratch = scratch
         table = plan.table.copy()
-        table[:, : len(_common().OF_CALL)] = [[*row, *pair] for row, pair in zip(rows, places, strict=True)]
+        of_call = [plan.fields[name] for name in common().OF_CALL]
+        table[:, of_call] = [[*row, *pair] for row, pair in zip(rows, places, strict=True)]
         columns = [plan.fields[name] for name in ("x_sums", "y_sums", "means")]
         table[:, columns] = scratch.data_ptr() + 4 * table[:, columns]
         self.table = operands.upload(torch.from_numpy(table), self.device)
@@ -295,12 +291,12 @@ class _Call:
         self, kernel: Any, programs: int, constants: dict[str, Any], *arguments: Any, warps: int = 4
     ) -> None:
         if programs:
-            chosen, options = _common().launched(kernel, constants, warps)
+            chosen, options = common().launched(kernel, constants, warps)
             kernel[(programs,)](self.table, *arguments, **chosen, **options)
 
 
 _OUTPUT = 2
-"""Place of the output's address in a record."""
+"""Place of the output's address in OF_CALL."""
 
 
 def _entry(
@@ -348,7 +344,7 @@ class _Plan:
 
 @lru_cache(maxsize=32)
 def _plan(device: torch.device, tensors: tuple[operands.Tensor, ...], flat: bool) -> _Plan:
-    c = _common()
+    c = common()
     fields = {name: i for i, name in enumerate(c.FIELDS)}
     table = np.zeros((len(tensors), len(fields)), np.int64)
     tiles: dict[Any, list[np.ndarray]] = {}
@@ -359,25 +355,12 @@ def _plan(device: torch.device, tensors: tuple[operands.Tensor, ...], flat: bool
         if flat:
             loops = Loops(1, 1, 1, loops.size, 1, True, False)
         factored, n = loops.factored, loops.size
-        run = loops.y * loops.batch2
-        columns = c.layout_columns(run)
-        groups, x = loops.batch0 * loops.batch1, loops.x
-        if not factored:
-            x, run = -(-n // columns), columns
-        rows = c.rows_per_tile(n, columns)
-        x_tiles, run_tiles = -(-x // rows), -(-run // columns)
-        count = groups * x_tiles * run_tiles if n else 0
-        row: dict[str, int] = {
-            "operand": i, "elements": n, "batch0": loops.batch0, "x": x, "batch1": loops.batch1, "run": run,
-            "batch2": loops.batch2, "rows_per_tile": rows, "x_tiles": x_tiles, "run_tiles": run_tiles,
-            "first_slot": slots, "tiles": count,
-        }  # fmt: skip
+        row = shape_fields(loops, slots)
+        row["operand"] = i
         if factored and n:
-            row["x_size"] = loops.batch0 * loops.x * loops.batch1 * loops.batch2
-            row["y_size"] = groups * run
-            batches = groups * loops.batch2
+            batches = loops.batch0 * loops.batch1 * loops.batch2
             # Room for the means of as many factored moments as an operation may have.
-            for name, size in (("x_sums", run_tiles * row["x_size"]), ("y_sums", x_tiles * row["y_size"]),
+            for name, size in (("x_sums", row["run_tiles"] * row["x_size"]), ("y_sums", row["x_tiles"] * row["y_size"]),
                                ("means", _kernels("element_mlp").MOST_FACTORED * batches)):  # fmt: skip
                 row[name] = scratch
                 scratch += size
@@ -387,20 +370,15 @@ def _plan(device: torch.device, tensors: tuple[operands.Tensor, ...], flat: bool
         if n:
             place = "vector" if not factored else "matrix" if loops.batch2 == 1 else "gathered"
             layout = c.Layout(
-                place=place, x_is_row=loops.x_is_row, columns=columns, dtype=tensor.dtype,
-                aligned=tensor.aligned and (run if factored else n) % 8 == 0,
+                place=place, x_is_row=loops.x_is_row, columns=c.layout_columns(loops.y * loops.batch2),
+                dtype=tensor.dtype, aligned=tensor.aligned and (row["run"] if factored else n) % 8 == 0,
             )  # fmt: skip
-            grid = np.indices((groups, x_tiles, run_tiles)).reshape(3, -1)
-            slot = slots + np.arange(count)
-            tiles.setdefault(layout, []).append(np.stack([np.full_like(slot, i), slot, *grid], axis=1))
-        slots += count
+            tiles.setdefault(layout, []).append(tile_map(i, row))
+        slots += row["tiles"]
     return _Plan(
         fields=fields,
         table=table,
-        tiles={
-            layout: torch.from_numpy(np.concatenate(maps).astype(np.int32)).to(device)
-            for layout, maps in tiles.items()
-        },
+        tiles={layout: torch.from_numpy(np.concatenate(maps)).to(device) for layout, maps in tiles.items()},
         slots=slots,
         scratch_size=scratch,
         pieces=torch.from_numpy(np.concatenate(pieces)).to(device) if pieces else None,

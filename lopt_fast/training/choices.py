@@ -7,7 +7,9 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..architectures import ARCHITECTURES
 from ..checkpoint import Checkpoint, load
+from ..checkpoint import names as shipped
 from ..errors import UserError
 from ..spec import SpecError, Statistics
 
@@ -20,6 +22,12 @@ _GRIDS: dict[str, tuple[float, ...]] = {
     "learned": (0.3, 1.0, 3.0),
 }
 _TEXT = re.compile(r"^(?P<name>.+?)(?P<best>:best)?(@(?P<options>\w+=[^@]*))?$")
+
+
+def names() -> tuple[str, ...]:
+    """What NAME may be in `parse`, besides the path of a checkpoint."""
+    weightless = (name for name, kind in ARCHITECTURES.items() if not kind().theta_shapes)
+    return tuple(dict.fromkeys((*shipped(), *BASELINES, *weightless)))
 
 
 class TrainingError(UserError, ValueError):
@@ -48,7 +56,7 @@ class Choice:
 def parse(text: str, lr: float | None = None, statistics: Statistics | None = None) -> Choice:
     """A Choice from NAME[:best][@key=value,...] with the keys lr, weight_decay, statistics.
 
-    NAME is a baseline, the name of shipped weights or of an architecture that has none, or the path of a checkpoint.
+    NAME is one of `names()`, or the path of a checkpoint.
     `lr` and `statistics` are what holds where the text does not say. Raises TrainingError, or CheckpointError for
     weights that cannot be loaded.
     """

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data import Images, load_cifar10, load_digits, load_idx, load_stdlib_bytes, standardise
+from ..data import Images, canonical, load_cifar10, load_digits, load_idx, load_stdlib_bytes, standardise
 from .choices import TrainingError
 
 
@@ -65,8 +65,7 @@ Problem = ImageProblem | TextProblem | QuadraticProblem
 
 def make(task: str, data: str | Path | None = None) -> Problem:
     """The task by name. Raises TrainingError for an unknown one or missing --data, DataError for unreadable data."""
-    if task not in (*BUILT_IN, *NEEDS_DATA):
-        raise TrainingError(f"task {task!r}: must be one of {', '.join((*BUILT_IN, *NEEDS_DATA))}")
+    task = task_name(task)
     if task in NEEDS_DATA and data is None:
         raise TrainingError(f"task {task!r} reads files that you have: give their folder with --data")
     if task in BUILT_IN and data is not None:
@@ -80,6 +79,14 @@ def make(task: str, data: str | Path | None = None) -> Problem:
     if task == "cifar10":
         return _images(load_cifar10(str(data)), (32, 64), convolutions=True)
     return _images(load_idx(str(data), name=task), (128, 128))
+
+
+def task_name(text: str) -> str:
+    """The task as results name it, from any spelling (`data.canonical`). Raises TrainingError for an unknown one."""
+    known = {canonical(name): name for name in (*BUILT_IN, *NEEDS_DATA)}
+    if canonical(text) not in known:
+        raise TrainingError(f"task {text!r}: must be one of {', '.join(known.values())}")
+    return known[canonical(text)]
 
 
 BUILT_IN = ("digits", "stdlib-lm", "quadratic")

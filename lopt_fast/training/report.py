@@ -14,6 +14,7 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
+from ..errors import install
 from ..files import write_atomically
 from .choices import Choice
 from .loop import Curve
@@ -131,7 +132,7 @@ def save(result: Result, folder: Path) -> tuple[list[Path], str | None]:
     try:
         image = plot(result)
     except ImportError as error:
-        return written, f"no plot: matplotlib cannot be imported ({error}): pip install 'lopt-fast[plot]'"
+        return written, f"no plot: matplotlib cannot be imported ({error}): {install('plot')}"
     written.append(folder / "plot.png")
     write_atomically(written[1], image)
     return written, None

@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from ..errors import install
 from .choices import Choice, TrainingError
 from .loop import Curve, Trainer, train_steps
 from .problems import BUILT_IN, NEEDS_DATA, Problem, make
@@ -87,5 +88,5 @@ def _trainer_class(framework: str) -> Callable[[Problem, Choice, int, int, int],
         return JaxTrainer
     except ImportError as error:
         raise TrainingError(
-            f"framework {framework!r} cannot be imported ({error}): pip install 'lopt-fast[{framework}]'"
+            f"framework {framework!r} cannot be imported ({error}): {install(framework)}"
         ) from error

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..backends import BackendError, BackendWarning
+from ..errors import install
 from .compare import Report, Row, compare
 from .golden import (
     Arrays,
@@ -97,6 +98,6 @@ def _pes(
     except ImportError as error:
         raise GoldenError(
             f"{path}: meta-gradients are replayed in JAX, which cannot be imported ({error}): "
-            "pip install 'lopt-fast[jax]'"
+            f"{install('jax')}"
         ) from error
     return verify_pes.verify(path, data, meta, framework, backend, dtype)

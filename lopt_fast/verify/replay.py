@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..architectures.base import Architecture
 from ..architectures.base import Inputs as StepInputs
 from ..backends import BACKENDS, BackendError, choose
 from ..checkpoint import Checkpoint
+from ..errors import install
 from ..operations import ModelTensors, Reference
 from ..operations.accumulators import initial_state
 from ..spec import Spec
@@ -131,7 +132,7 @@ def _run_torch(item: Replay, inputs: Inputs, backend: str, dtype: str, device: s
     try:
         import torch
     except ImportError as error:
-        raise GoldenError(f"PyTorch cannot be imported ({error}): pip install 'lopt-fast[torch]'") from error
+        raise GoldenError(f"PyTorch cannot be imported ({error}): {install('torch')}") from error
     from ..torch import LearnedOptimizer
 
     def tensor(value: np.ndarray) -> Any:
@@ -168,22 +169,17 @@ def _run_torch(item: Replay, inputs: Inputs, backend: str, dtype: str, device: s
 # JAX
 
 
-def _run_jax(item: Replay, inputs: Inputs, backend: str, dtype: str, device: str) -> tuple[Arrays, str]:
+def _run_jax(item: Replay, inputs: Inputs, backend: str, dtype: str, _: str) -> tuple[Arrays, str]:
     try:
         import jax
         import jax.numpy as jnp
     except ImportError as error:
-        raise GoldenError(f"JAX cannot be imported ({error}): pip install 'lopt-fast[jax]'") from error
+        raise GoldenError(f"JAX cannot be imported ({error}): {install('jax')}") from error
 
-    spec = item.spec
-    if isinstance(spec, Spec):
-        chosen = choose(spec, "cuda" if backend == "cuda" else "cpu", dtype, backend)
-    else:
-        from ..jax.grouped import Grouped
-        from ..jax.operations import implementation
-
-        chosen = "reference" if implementation(spec, backend) is Grouped else "cpu"
-    with x64(jax, dtype == "float64"):
+    spec, chosen = item.spec, _backend_in_jax(item.spec, backend, dtype)
+    # The CPU kernels are for programs on the CPU, which need not be where JAX puts them.
+    place = jax.default_device(jax.devices("cpu")[0]) if chosen == "cpu" else nullcontext()
+    with x64(jax, dtype == "float64"), place:
         start = {name: jnp.asarray(p, dtype) for name, p in inputs.params0.items()}
         theta = {name: jnp.asarray(value, dtype) for name, value in item.theta.items()}
         scale = {name: jnp.asarray(item.lr_scale.get(name, 1.0), dtype) for name in start}
@@ -201,6 +197,21 @@ def _run_jax(item: Replay, inputs: Inputs, backend: str, dtype: str, device: str
                 out.add(name, p)
             params = start if item.hold else params
     return out.stacked(), chosen
+
+
+def _backend_in_jax(spec: Spec | Architecture, backend: str, dtype: str) -> str:
+    """The backend that is used. Raises BackendError."""
+    from ..jax.call import known_platforms, resolve
+    from ..jax.grouped import Grouped
+    from ..jax.operations import CustomCalls, implementation
+
+    if isinstance(spec, Spec):
+        kernels = resolve(spec, [dtype], backend).kernels
+    else:
+        found = implementation(spec, backend)
+        kernels = () if found is Grouped else ("cpu",) if isinstance(found, CustomCalls) else ("cuda",)
+    wanted = known_platforms()[0] if backend == "auto" else backend
+    return wanted if wanted in kernels else "reference"
 
 
 @cache

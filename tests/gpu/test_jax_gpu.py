@@ -47,8 +47,16 @@ from test_jax_gpu_call import (  # noqa: E402, F401
     test_state_that_is_not_aliased_is_copied,
     test_vmapped_clipping_is_for_each_member,
 )
+from test_jax_storage import (  # noqa: E402, F401
+    options,
+    test_mixed_tree_follows_the_reference,
+    test_mixed_types_are_updated_in_place,
+    test_mixed_types_in_scan_and_without_jit,
+    test_mixed_types_under_vmap,
+    test_second_moment_does_not_stand_still,
+    test_state_in_bfloat16,
+)
 
-from lopt_fast import backends  # noqa: E402
 from lopt_fast.backends import BackendWarning  # noqa: E402
 from lopt_fast.jax import call, transformation  # noqa: E402
 from lopt_fast.spec import Spec  # noqa: E402
@@ -58,22 +66,29 @@ TESTS = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
-def on_the_gpu(monkeypatch):
+def on_the_gpu(jax_on_the_device, monkeypatch):
     """Whoever asks for the CPU kernel gets the CUDA kernel."""
-    if jax.default_backend() != "gpu":
-        pytest.skip(f"JAX finds no GPU, its default backend is {jax.default_backend()}")
-    if reason := {row.backend: row.reason for row in backends.table()}["cuda"]:
-        pytest.skip(f"cuda: {reason}")
     resolve = transformation.resolve
 
-    def redirected(spec, dtypes, backend):
-        return resolve(spec, dtypes, "cuda" if backend == "cpu" else backend)
+    def redirected(spec, dtypes, backend, state_dtype=None):
+        return resolve(spec, dtypes, "cuda" if backend == "cpu" else backend, state_dtype)
 
     monkeypatch.setattr(transformation, "resolve", redirected)
     jax.clear_caches()  # of programs with the CPU kernel
     with jax.default_matmul_precision("highest"):  # of the reference: else tf32
         yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def kernel():
+    """Of test_jax_storage.py: the backend with kernels, which takes state in bfloat16."""
+    return "cuda"
+
+
+@pytest.fixture
+def emulator(kernel):
+    return kernel
 
 
 def test_the_custom_call_is_accepted_and_chosen():
@@ -119,6 +134,7 @@ def test_as_on_the_cpu():
 def test_float64_takes_the_reference_with_a_warning():
     spec = Spec(hidden_size=5)
     tx = optimizer(spec, make_theta(spec))
+    call.warn_once.cache_clear()
     with jax.enable_x64(True):
         params = arrays({"w": (6, 5)}, dtype=jnp.float64)
         state = tx.init(params)
@@ -131,9 +147,10 @@ COMMAND_BUFFERS = """
     import sys
     sys.path.insert(0, {tests!r})
     import jax, jax.numpy as jnp, numpy as np
+    import lopt_fast.jax as lopt
     from test_jax import arrays, optimizer
     shapes = {{"w": (300, 400), "b": (9,), "v": (64, 100)}}
-    tx = optimizer(backend="cuda", max_grad_norm=1.0, statistics={statistics!r})
+    tx = {make}
 
     @jax.jit
     def unroll(params, grads):
@@ -148,8 +165,16 @@ COMMAND_BUFFERS = """
 """
 
 
-@pytest.mark.parametrize("statistics", ["exact", "lagged"])
-def test_command_buffers(tmp_path, statistics):
+MADE = {
+    "exact": 'optimizer(backend="cuda", max_grad_norm=1.0, statistics="exact")',
+    "lagged": 'optimizer(backend="cuda", max_grad_norm=1.0, statistics="lagged")',
+    # Without matrix products outside of the kernel, for which XLA may choose another program each time.
+    "fc_lopt": 'lopt.learned_optimizer("fc_lopt", backend="cuda")',
+}
+
+
+@pytest.mark.parametrize("make", MADE.values(), ids=MADE)
+def test_command_buffers(tmp_path, make):
     """Captured into CUDA graphs by XLA, the custom call gives the same bits as without."""
     results = []
     for i, flags in enumerate(
@@ -159,16 +184,14 @@ def test_command_buffers(tmp_path, statistics):
         ]
     ):
         file = tmp_path / f"{i}.npz"
-        code = textwrap.dedent(COMMAND_BUFFERS).format(
-            tests=str(TESTS), file=str(file), statistics=statistics
-        )
+        code = textwrap.dedent(COMMAND_BUFFERS).format(tests=str(TESTS), file=str(file), make=make)
         environment = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()}
         done = subprocess.run(
             [sys.executable, "-c", code],
             env=environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=120,
             check=False,
         )
         if "nknown flag" in done.stderr:

@@ -13,6 +13,7 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
+from ...errors import install
 from ...files import write_atomically
 from ...training.report import write_json
 from .curves import clipped, smoothed
@@ -245,7 +246,7 @@ def save(study: Study, folder: Path) -> tuple[list[Path], str | None]:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        return written, f"no plots: matplotlib cannot be imported ({error}): pip install 'lopt-fast[plot]'"
+        return written, f"no plots: matplotlib cannot be imported ({error}): {install('plot')}"
     from . import plots
 
     for c in study.comparisons:

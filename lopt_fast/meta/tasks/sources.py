@@ -30,12 +30,13 @@ def load_text(name: str, files: Mapping[str, Path]) -> np.ndarray:
 
 
 def _path(name: str, given: Mapping[str, Path]) -> Path:
-    if name not in given:
+    where = {data.canonical(known): path for known, path in given.items()}.get(data.canonical(name))
+    if where is None:
         raise data.DataError(
             f"data set {name!r}: say where its files are, in the table [data] of the configuration "
             f'({name} = "PATH") or with --data {name}=PATH; without files there are digits (images) and stdlib (text)'
         )
-    return Path(given[name]).expanduser().resolve()
+    return Path(where).expanduser().resolve()
 
 
 @cache
