@@ -118,6 +118,13 @@ def _cpu_missing(ordinal: int) -> str | None:
     return _import_native()[1] or None
 
 
+def _cpu_operations_missing(ordinal: int) -> str | None:
+    core, reason = _import_native()
+    if core is not None and not hasattr(core, "element_mlp"):
+        return "the compiled core lopt_fast._native is older than these kernels: reinstall lopt_fast"
+    return reason or None
+
+
 def _nothing_missing(ordinal: int) -> str | None:
     return None
 
@@ -132,18 +139,24 @@ def _dtype_refused(dtype_name: str, dtype_names: tuple[str, ...]) -> str | None:
     return f"it takes {', '.join(dtype_names[:-1])} and {dtype_names[-1]}, not {dtype_name}"
 
 
+def _cpu_types() -> tuple[str, ...]:
+    from .native import STORAGE_TYPES  # not at the top: it imports this module
+
+    return STORAGE_TYPES
+
+
 def _cpu_supports(spec: Spec, dtype_name: str) -> str | None:
-    return _kernel_supports(spec, dtype_name, ("float32", "float64", "bfloat16", "float16"))
+    return _kernel_supports(spec, dtype_name, _cpu_types())
 
 
 def _cpu_supports_any(spec: Any, dtype_name: str) -> str | None:
-    return _dtype_refused(dtype_name, ("float32", "float64"))
+    return _dtype_refused(dtype_name, _cpu_types())  # of half types the operations get copies in float32
 
 
 def _cpu_supports_mlp(spec: ElementMlp, dtype_name: str) -> str | None:
     from .native_operations import unsupported  # not at the top: it imports this module
 
-    return unsupported(spec) or _dtype_refused(dtype_name, ("float32", "float64"))
+    return unsupported(spec) or _cpu_supports_any(spec, dtype_name)
 
 
 def _gpu_supports(spec: Spec, dtype_name: str) -> str | None:
@@ -208,19 +221,19 @@ OPERATIONS: dict[str, tuple[Backend, ...]] = {
     "element_mlp": (
         Backend("cuda", ("cuda",), _cuda_missing, _cuda_supports_mlp),
         Backend("triton", ("cuda", "rocm"), _triton_missing, _gpu_supports_mlp),
-        Backend("cpu", ("cpu",), _cpu_missing, _cpu_supports_mlp),
+        Backend("cpu", ("cpu",), _cpu_operations_missing, _cpu_supports_mlp),
         Backend("reference", (), _nothing_missing, _any_spec),
     ),
     "adam": (
         Backend("cuda", ("cuda",), _cuda_missing, _gpu_supports_any),
         Backend("triton", ("cuda", "rocm"), _triton_missing, _gpu_supports_any),
-        Backend("cpu", ("cpu",), _cpu_missing, _cpu_supports_any),
+        Backend("cpu", ("cpu",), _cpu_operations_missing, _cpu_supports_any),
         Backend("reference", (), _nothing_missing, _any_spec),
     ),
     "statistics": (
         Backend("cuda", ("cuda",), _cuda_missing, _gpu_supports_any),
         Backend("triton", ("cuda", "rocm"), _triton_missing, _gpu_supports_any),
-        Backend("cpu", ("cpu",), _cpu_missing, _cpu_supports_any),
+        Backend("cpu", ("cpu",), _cpu_operations_missing, _cpu_supports_any),
         Backend("reference", (), _nothing_missing, _any_spec),
     ),
 }

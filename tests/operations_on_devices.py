@@ -18,6 +18,7 @@ from unittest import mock
 import numpy as np
 import torch
 
+from lopt_fast import backends
 from lopt_fast.architectures import ARCHITECTURES, Architecture
 from lopt_fast.checkpoint import Checkpoint
 from lopt_fast.native_operations import unsupported_on_gpus
@@ -108,9 +109,9 @@ class Target:
                 replace(b, devices=("cpu",), missing=lambda ordinal: None) if b.name == "cuda" else b
                 for b in found
             )
-            for name, found in operations.OPERATIONS.items()
+            for name, found in backends.OPERATIONS.items()
         }
-        yield mock.patch.object(operations, "OPERATIONS", there)
+        yield mock.patch.object(backends, "OPERATIONS", there)
         refusals = {"emulator" if name == "cuda" else name: f for name, f in operations.REFUSALS.items()}
         yield mock.patch.object(operations, "REFUSALS", refusals)
 

@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,8 @@ SPEC = Spec()
 
 @pytest.fixture
 def core_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_import_native", lambda: (object(), ""))
+    core = SimpleNamespace(element_mlp=None)
+    monkeypatch.setattr(backends, "_import_native", lambda: (core, ""))
 
 
 @pytest.fixture
@@ -238,8 +240,8 @@ def test_operations_have_specifications_of_their_own() -> None:
     assert choose(None, "cpu", "float64", operation="adam") == "cpu"
     with pytest.raises(BackendError, match="hidden_size 1 to 256, not 300"):
         choose(replace(mlp, hidden_size=300), "cpu", "float32", "cpu", operation="element_mlp")
-    with pytest.raises(BackendError, match="float32 and float64, not bfloat16"):
-        choose(None, "cpu", "bfloat16", "cpu", operation="statistics")
+    with pytest.raises(BackendError, match="bfloat16 and float16, not complex64"):
+        choose(None, "cpu", "complex64", "cpu", operation="statistics")
 
 
 def test_unknown_backend() -> None:

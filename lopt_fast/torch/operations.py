@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 import torch
 
 from ..architectures import Architecture
-from ..backends import BACKENDS, OPERATIONS, BackendError, BackendWarning, native
-from ..native import STORAGE_TYPES
-from ..native_operations import CpuOperations, Kept, unsupported
+from ..backends import BACKENDS, BackendError, BackendWarning, operations_refusal
+from ..native_operations import CpuOperations, Kept
 from ..operations import ElementMlp, Operations, Reference
 from . import device, triton_operations
 from .cuda_operations import CudaOperations
@@ -75,18 +75,8 @@ def implementation(
     )
 
 
-def _cuda_refusal(architecture: Architecture, device_type: str, dtype_name: str) -> str | None:
-    """None if the CUDA kernels can compute the operations of `architecture`, else the reason why not."""
-    if not architecture.has_kernels:
-        return f"{architecture.NAME} is plain array code, with these hyperparameters at least"
-    mlp = getattr(architecture, "mlp", None)
-    operation = "element_mlp" if isinstance(mlp, ElementMlp) else "adam"
-    kernels = next(b for b in OPERATIONS[operation] if b.name == "cuda")
-    return kernels.refusal(mlp, device_type, dtype_name)
-
-
 def _triton_refusal(architecture: Architecture, device_type: str, dtype_name: str) -> str | None:
-    """None if the Triton kernels can compute the operations of `architecture`, else the reason why not."""
+    """As `backends.operations_refusal`, but PyTorch calls ROCm's devices "cuda" too."""
     if device_type not in TRITON_DEVICES:
         return f"it runs on {' and '.join(TRITON_DEVICES)}, these arrays are on {device_type}"
     if not architecture.has_kernels:
@@ -99,23 +89,9 @@ def _triton_refusal(architecture: Architecture, device_type: str, dtype_name: st
     return triton_operations.unsupported(mlp) if isinstance(mlp, ElementMlp) else None
 
 
-def _cpu_refusal(architecture: Architecture, device_type: str, dtype_name: str) -> str | None:
-    """None if the CPU kernels can compute the operations of `architecture`, else the reason why not."""
-    if device_type != "cpu":
-        return f"it runs on cpu, these arrays are on {device_type}"
-    if not architecture.has_kernels:
-        return f"{architecture.NAME} is plain array code, with these hyperparameters at least"
-    try:
-        core = native()
-    except BackendError as error:
-        return str(error)
-    if not hasattr(core, "element_mlp"):
-        return "the compiled core lopt_fast._native is older than these kernels: reinstall lopt_fast"
-    if dtype_name not in STORAGE_TYPES:  # of a half type they get copies in float32
-        return f"it takes {', '.join(STORAGE_TYPES[:-1])} and {STORAGE_TYPES[-1]}, not {dtype_name}"
-    mlp = getattr(architecture, "mlp", None)
-    return unsupported(mlp) if isinstance(mlp, ElementMlp) else None
-
-
-REFUSALS = {"cuda": _cuda_refusal, "triton": _triton_refusal, "cpu": _cpu_refusal}
+REFUSALS = {
+    "cuda": partial(operations_refusal, "cuda"),
+    "triton": _triton_refusal,
+    "cpu": partial(operations_refusal, "cpu"),
+}
 """What says why a backend cannot be used; the best first."""

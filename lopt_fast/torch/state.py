@@ -143,7 +143,7 @@ def checked_arrays(
     result = {}
     for key, (shape, strides, dtype) in layouts.items():
         value = state[key]
-        if (found := _misfit(value, shape, dtype)) is not None:
+        if (found := _misfit(value, shape, dtype, device)) is not None:
             raise ValueError(
                 f"{what}: {key!r} is {found}, expected shape {shape}: "
                 "load a state that was saved for the same model and weights"
@@ -156,17 +156,23 @@ def checked_arrays(
     return result
 
 
-def _misfit(value: Any, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
-    """None if numbers of this shape, and of a kind that `dtype` can hold, can be copied from it; else what it is."""
+def _misfit(value: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str | None:
+    """None if numbers of this shape, and of a kind that `dtype` can hold, can be copied from it to `device`; else what
+    it is."""
     if not isinstance(value, torch.Tensor):
         return type(value).__name__
-    if not _readable(value) or value.is_complex() or value.is_floating_point() != dtype.is_floating_point:
+    if (
+        not _readable(value, device)
+        or value.is_complex()
+        or value.is_floating_point() != dtype.is_floating_point
+    ):
         return f"{value.dtype}, {value.layout}, on {value.device}"
     return None if tuple(value.shape) == shape else str(tuple(value.shape))
 
 
-def _readable(value: torch.Tensor) -> bool:
-    return value.layout == torch.strided and not value.is_meta
+def _readable(value: torch.Tensor, device: torch.device) -> bool:
+    """Whether it can be copied to `device`. A tensor without values serves a parameter without values."""
+    return value.layout == torch.strided and (not value.is_meta or device.type == "meta")
 
 
 def check_memory(what: str, key: str, value: torch.Tensor) -> None:
@@ -180,7 +186,7 @@ def check_memory(what: str, key: str, value: torch.Tensor) -> None:
 
 def checked_step(what: str, step: Any, device: torch.device, copy: bool) -> torch.Tensor:
     """A number of steps as an int64 tensor on `device`; itself reused where it is, but for `copy`."""
-    if isinstance(step, torch.Tensor) and _readable(step):
+    if isinstance(step, torch.Tensor) and _readable(step, device):
         check_memory(what, "step", step)
     in_place = (
         isinstance(step, torch.Tensor)
@@ -191,7 +197,7 @@ def checked_step(what: str, step: Any, device: torch.device, copy: bool) -> torc
     )
     if in_place and device.type != "cpu":
         return step  # not read: that would wait for the device
-    is_one = isinstance(step, torch.Tensor) and step.numel() == 1 and _readable(step)
+    is_one = isinstance(step, torch.Tensor) and step.numel() == 1 and _readable(step, device)
     count = step.item() if is_one else step
     is_count = isinstance(count, (int, float)) and 0 <= count < 2**62 and count == int(count)
     if not is_count or isinstance(count, bool):
