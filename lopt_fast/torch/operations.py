@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -89,7 +90,7 @@ def _triton_refusal(architecture: Architecture, device_type: str, dtype_name: st
     return triton_operations.unsupported(mlp) if isinstance(mlp, ElementMlp) else None
 
 
-REFUSALS = {
+REFUSALS: dict[str, Callable[[Architecture, str, str], str | None]] = {
     "cuda": partial(operations_refusal, "cuda"),
     "triton": _triton_refusal,
     "cpu": partial(operations_refusal, "cpu"),
