@@ -109,7 +109,7 @@ def test_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
         name: tuple(replace(b, missing=lambda ordinal: None) if b.name == "cuda" else b for b in found)
         for name, found in backends.OPERATIONS.items()
     }
-    monkeypatch.setattr(operations, "OPERATIONS", there)
+    monkeypatch.setattr(backends, "OPERATIONS", there)
     assert operations.operations_backend(celo, "cuda", "bfloat16") == "cuda"
     for other, dtype, reason in [
         (celo, "float64", "not float64"),
