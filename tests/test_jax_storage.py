@@ -18,7 +18,16 @@ from helpers import gpu_on_cpu, needs_emulator
 jax = pytest.importorskip("jax")
 optax = pytest.importorskip("optax")
 import jax.numpy as jnp  # noqa: E402
-from test_jax import SPEC, THETA, assert_equal, make_theta, optimizer, pick, run_steps  # noqa: E402
+from test_jax import (  # noqa: E402
+    SPEC,
+    THETA,
+    assert_equal,
+    check_in_place,
+    make_theta,
+    optimizer,
+    pick,
+    run_steps,
+)
 from test_jax_gpu_call import redirected  # noqa: E402
 
 import lopt_fast.jax as lopt  # noqa: E402
@@ -219,26 +228,8 @@ def test_mixed_types_under_vmap(options):
 def test_mixed_types_are_updated_in_place(options, fused):
     types = {n: TYPES[n] for n in ("matrix", "large", "long", "single")}
     params, grads, tx = mixed(types), mixed(types, seed=1), optimizer(**options)
-
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, state, grads):
-        if fused:
-            return tx.step(grads, state, params)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    def pointers(*trees):
-        return [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(trees)]
-
-    state = jax.tree.map(jnp.copy, tx.init(params))
     expected, _ = run_steps(tx, params, [grads, grads], fused=fused)
-    before = pointers(params, state.packed, state.moments)
-    for t in range(2):
-        old = params, state
-        params, state = step(params, state, grads)
-        assert pointers(params, state.packed, state.moments) == before
-        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
-        assert_equal(params, expected[t])
+    check_in_place(tx, params, grads, expected, fused, assert_equal)
 
 
 # ---- state in bfloat16 ----
