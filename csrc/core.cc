@@ -232,7 +232,8 @@ void fold_network(TensorStep<T>& c, const Spec& spec, const double* squares) {
   for (int f = 0; f < c.features(); ++f) {
     const double root = std::sqrt(squares[f] + kNormaliserEpsilon);
     const double scale = 1.0 / root;
-    c.limit[f] = T(kLaggedClip * root);
+    c.limits[f][1] = T(kLaggedClip * root);
+    c.limits[f][0] = -c.limits[f][1];
     const int64_t column = kColumnOfFeature[f];
     for (int64_t j = 0; j < h; ++j) {
       double w = double(w0[column * h + j]);

@@ -199,8 +199,8 @@ void clear_factor_sums(const TensorStep<T>& c, const Tile& tile) {
                        size_t(tile.run_end - tile.run_begin) * sizeof(T));
 }
 
-// Adds g^2 of elements e .. e + n of a row to both sums.
-template <typename T>
+// Adds g^2 of elements e .. e + n of Rows rows, which have the same y, to both sums; `g` is the first row's.
+template <typename T, int Rows = 1>
 LOPT_INLINE void add_squares(const TensorStep<T>& c, const Tile& tile, const Row& row, int64_t e, const T* g,
                              int64_t n) {
   using V = Vec<T>;
@@ -209,20 +209,28 @@ LOPT_INLINE void add_squares(const TensorStep<T>& c, const Tile& tile, const Row
   const V scale = splat(c.grad_scale);
   T* y = c.y_sums + ((row.batch0 + tile.row_tile) * l.batch1 + row.batch1) * c.tiling.run + e;
   T* x = c.x_sums + tile.run_tile * c.x_size + row.o * l.batch2;
-  V total = {};
+  V total[Rows] = {};
   int64_t i = 0;
   for (; i + W <= n; i += W) {
-    const V a = load(g + i) * scale, square = a * a;
-    store(y + i, load(y + i) + square);
-    total += square;
+    V squares = load(y + i);
+    for (int r = 0; r < Rows; ++r) {
+      const V a = load(g + r * c.tiling.run + i) * scale, square = a * a;
+      squares += square;
+      total[r] += square;
+    }
+    store(y + i, squares);
   }
   if (i < n) {
-    const V a = load_n(g + i, n - i) * scale, square = a * a;
-    store_n(y + i, load_n(y + i, n - i) + square, n - i);
-    total += square;
+    V squares = load_n(y + i, n - i);
+    for (int r = 0; r < Rows; ++r) {
+      const V a = load_n(g + r * c.tiling.run + i, n - i) * scale, square = a * a;
+      squares += square;
+      total[r] += square;
+    }
+    store_n(y + i, squares, n - i);
   }
   if (l.batch2 == 1) {
-    *x += sum<T>(total);
+    for (int r = 0; r < Rows; ++r) x[r] += sum<T>(total[r]);
     return;
   }
   int64_t phase = e % l.batch2;
@@ -236,7 +244,25 @@ LOPT_INLINE void add_squares(const TensorStep<T>& c, const Tile& tile, const Row
 template <typename T>
 void factor_statistics(const TensorStep<T>& c, int64_t index) {
   const Tile tile = tile_at(c, index);
+  const Loops& l = c.tensor.loops;
   clear_factor_sums(c, tile);
+  const T* grad = static_cast<const T*>(c.tensor.grad.data);
+  Row row = row_at(l, tile.row_begin);
+  if (direct<T>(c.tensor.grad) && l.batch1 == 1 && l.batch2 == 1) {
+    // Several rows at a time: processors read more from memory where it comes in several streams.
+    constexpr int kRows = 4;
+    const int64_t e = tile.run_begin, n = tile.run_end - e;
+    while (row.o < tile.row_end) {
+      const T* g = grad + row.o * c.tiling.run + e;
+      const bool together = row.o + kRows <= tile.row_end && row.x + kRows <= l.x;
+      if (together)
+        add_squares<T, kRows>(c, tile, row, e, g, n);
+      else
+        add_squares(c, tile, row, e, g, n);
+      for (int r = 0; r < (together ? kRows : 1); ++r) advance(l, row);
+    }
+    return;
+  }
   T buffer[kSegment];
   const int64_t longest = direct<T>(c.tensor.grad) ? c.tiling.run : kSegment;
   for_each_segment(c, tile, longest, false, [&](const Row& row, int64_t e, int64_t n, int64_t) {
@@ -459,16 +485,15 @@ LOPT_INLINE void prefetch(const Segment<T>& s, int64_t i) {
 // on, writes them back where Write, and calls emit(Index<feature>, vectors) for each feature. `p` receives
 // the parameters.
 //
-// Each decay's features follow one another, so that few vectors live at a time. Where Folded, products that
-// cost less on the weights are left to the caller: the factored features lack the factor of their row
-// (row_scalar), and with 32 registers instead of 1/sqrt(v) and the ratios m/sqrt(v) it gets emit.ratios(m,
-// 1/sqrt(v)).
+// Each decay's features follow one another, so that few vectors live at a time. Where Folded, the products of
+// g and m with other features are left to the caller, on whose weights they cost less: instead of the ratios
+// and the factored features it gets emit.gradient(g, factors) and emit.momentum(Index<k>, m, 1/sqrt(v),
+// factors), where the factors lack those of the row (row_scalar).
 template <typename T, Mode M, int N, bool Tail, bool Write, bool Folded, bool Slow, typename Emit>
 LOPT_INLINE void features(const Rates<T, Slow>& rate, const Segment<T>& s, int64_t i, int64_t lanes,
                           Vec<T>* p, Emit emit) {
   using V = Vec<T>;
   constexpr int W = kLanes<T>;
-  constexpr bool Ratios = Folded && kVectorBytes == 64;  // 16 registers do not hold all m to the end
   const auto in = [&](const T* from, int n) __attribute__((always_inline)) {
     return Tail ? load_n(from + i, lanes) : load(from + i + n * W);
   };
@@ -479,27 +504,33 @@ LOPT_INLINE void features(const Rates<T, Slow>& rate, const Segment<T>& s, int64
       store<T>(to + i + n * W, x);
   };
   if (!Tail) prefetch<T, M, N>(s, i);
-  V g[N], v[N], r[N], f[N], m[kMomenta][N];
+  V g[N], v[N], r[N], f[N], m[N];
   for (int n = 0; n < N; ++n) {
     g[n] = in(s.g, n) * rate.grad_scale;
     v[n] = rate.move_second_moment(in(s.v, n), g[n] * g[n]);
     if (Write) out(s.v, n, v[n]);
   }
-  emit(Index<fG>{}, g);
+  const auto factor = [&](int k, int n) __attribute__((always_inline)) {
+    const V y = in(s.y[k], n);
+    return M == Mode::row_scalar && !Folded ? y * s.x[k] : y;
+  };
+  if constexpr (Folded && M != Mode::unfactored)
+    emit.gradient(g, factor);
+  else
+    emit(Index<fG>{}, g);
   emit(Index<fV>{}, v);
   for (int n = 0; n < N; ++n) r[n] = rsqrt<T>(v[n] + T(kRmsEpsilon));
-  if constexpr (!Ratios) emit(Index<fRsqrtV>{}, r);
+  emit(Index<fRsqrtV>{}, r);
   for (int n = 0; n < N; ++n) p[n] = in(s.p, n);
   emit(Index<fP>{}, p);
   const auto decay = [&](auto k) __attribute__((always_inline)) {
-    V* mk = m[k.value];
     for (int n = 0; n < N; ++n) {
-      mk[n] = rate.move_momentum(k.value, in(s.m[k.value], n), g[n]);
-      if (Write) out(s.m[k.value], n, mk[n]);
+      m[n] = rate.move_momentum(k.value, in(s.m[k.value], n), g[n]);
+      if (Write) out(s.m[k.value], n, m[n]);
     }
-    emit(Index<fM + k.value>{}, mk);
-    if constexpr (!Ratios) {
-      for (int n = 0; n < N; ++n) f[n] = mk[n] * r[n];
+    if constexpr (!Folded) {
+      emit(Index<fM + k.value>{}, m);
+      for (int n = 0; n < N; ++n) f[n] = m[n] * r[n];
       emit(Index<fMRsqrtV + k.value>{}, f);
     }
     V scale_g[N], scale_m[N];
@@ -516,21 +547,22 @@ LOPT_INLINE void features(const Rates<T, Slow>& rate, const Segment<T>& s, int64
       emit(Index<fDiagonal + k.value>{}, d);
       emit(Index<fRsqrtDiagonal + k.value>{}, root);
     } else {
-      for (int n = 0; n < N; ++n) {
-        scale_g[n] = in(s.y[k.value], n);
-        if (M == Mode::row_scalar && !Folded) scale_g[n] *= s.x[k.value];
-        scale_m[n] = scale_g[n];
-      }
+      for (int n = 0; n < N; ++n) scale_g[n] = scale_m[n] = factor(k.value, n);
     }
-    for (int n = 0; n < N; ++n) f[n] = g[n] * scale_g[n];
-    emit(Index<fFacG + k.value>{}, f);
-    for (int n = 0; n < N; ++n) f[n] = mk[n] * scale_m[n];
-    emit(Index<fFacM + k.value>{}, f);
+    if constexpr (!Folded || M == Mode::unfactored) {
+      for (int n = 0; n < N; ++n) f[n] = g[n] * scale_g[n];
+      emit(Index<fFacG + k.value>{}, f);
+    }
+    if constexpr (Folded) {
+      emit.momentum(k, m, r, scale_m);
+    } else {
+      for (int n = 0; n < N; ++n) f[n] = m[n] * scale_m[n];
+      emit(Index<fFacM + k.value>{}, f);
+    }
   };
   decay(Index<0>{});
   decay(Index<1>{});
   decay(Index<2>{});
-  if constexpr (Ratios) emit.ratios(m, r);
 }
 
 // Sums of squares in vectors of T, moved to double before they grow long.
@@ -707,16 +739,42 @@ struct ExactLayer {
 
   template <int F>
   LOPT_INLINE void operator()(Index<F>, const V* x) const {
-    constexpr bool factored = F >= fFacG && F < kFactoredFeatures;
-    add_products<T, H, N>(factored ? w_factored + (F - fFacG) * H : w0 + F * H, x, a);
+    add_products<T, H, N>(weights<F>(), x, a);
   }
-  // r * (w_r + sum over k of w_k m_k): saves the products m_k * r.
-  LOPT_INLINE void ratios(const V (*m)[N], const V* r) const {
+  // g * (w + sum over k of w_k y_k): saves the products g * y_k.
+  template <typename Factor>
+  LOPT_INLINE void gradient(const V* g, Factor factor) const {
     for (int j = 0; j < H; ++j) {
-      const V w_r = splat(w0[fRsqrtV * H + j]), w_0 = splat(w0[fMRsqrtV * H + j]),
-              w_1 = splat(w0[(fMRsqrtV + 1) * H + j]), w_2 = splat(w0[(fMRsqrtV + 2) * H + j]);
-      for (int n = 0; n < N; ++n) a[j][n] += r[n] * (w_r + w_0 * m[0][n] + w_1 * m[1][n] + w_2 * m[2][n]);
+      V w[N];
+      for (int n = 0; n < N; ++n) w[n] = splat(weights<fG>()[j]);
+      for (int k = 0; k < kFactored; ++k) {
+        const V weight = splat(w_factored[k * H + j]);
+        for (int n = 0; n < N; ++n) w[n] += weight * factor(k, n);
+      }
+      for (int n = 0; n < N; ++n) a[j][n] += w[n] * g[n];
     }
+  }
+  // m * (w + w_r r + w_y y): saves the products m * r and m * y.
+  template <int K>
+  LOPT_INLINE void momentum(Index<K>, const V* m, const V* r, const V* y) const {
+    for (int j = 0; j < H; ++j) {
+      V w[N];
+      for (int n = 0; n < N; ++n) w[n] = splat(weights<fM + K>()[j]);
+      add_weight<fMRsqrtV + K>(j, r, w);
+      add_weight<fFacM + K>(j, y, w);
+      for (int n = 0; n < N; ++n) a[j][n] += w[n] * m[n];
+    }
+  }
+
+ private:
+  template <int F>
+  LOPT_INLINE const T* weights() const {
+    return F >= fFacG && F < kFactoredFeatures ? w_factored + (F - fFacG) * H : w0 + F * H;
+  }
+  template <int F>
+  LOPT_INLINE void add_weight(int j, const V* x, V* w) const {
+    const V weight = splat(weights<F>()[j]);
+    for (int n = 0; n < N; ++n) w[n] += weight * x[n];
   }
 };
 
@@ -727,10 +785,10 @@ LOPT_INLINE void first_layer(const TensorStep<T>& c, const Rates<T, true>& rate,
                              Vec<T> (*a)[N], Vec<T>* p) {
   using V = Vec<T>;
   constexpr int W = kLanes<T>;
-  const T *w0 = c.w0, *w_factored = s.w_factored, *limit = c.limit;
+  const T *w0 = c.w0, *w_factored = s.w_factored, (*limits)[2] = c.limits;
   // Hide where the weights lie, so that they stay broadcast loads: hoisted, they would be spilled as whole
   // vectors.
-  __asm__("" : "+r"(w0), "+r"(w_factored), "+r"(limit));
+  __asm__("" : "+r"(w0), "+r"(w_factored), "+r"(limits));
   for (int j = 0; j < H; ++j)
     for (int n = 0; n < N; ++n) {
       if (M == Mode::unfactored)
@@ -743,10 +801,11 @@ LOPT_INLINE void first_layer(const TensorStep<T>& c, const Rates<T, true>& rate,
     features<T, M, N, Tail, true, false>(rate, s, i, lanes, p,
                                          [&](auto f, const V* x) __attribute__((always_inline)) {
                                            sums->template add<Tail, N>(f, x, lanes);
-                                           const V bound = splat(limit[f.value]);
+                                           const T* limit = limits[f.value];
+                                           const V low = splat(limit[0]), high = splat(limit[1]);
                                            V clipped[N];
                                            for (int n = 0; n < N; ++n)
-                                             clipped[n] = at_most<T>(bound, at_least<T>(-bound, x[n]));
+                                             clipped[n] = at_most<T>(high, at_least<T>(low, x[n]));
                                            add_products<T, H, N>(w0 + f.value * H, clipped, a);
                                          });
   } else {
@@ -941,8 +1000,8 @@ void apply_wide(const TensorStep<T>& c, int64_t index) {
           V y = x[0];
           if constexpr (Lagged) {
             sums.template add<decltype(tail)::value != 0, 1>(f, x, lanes);
-            const V bound = splat(c.limit[f.value]);
-            y = at_most<T>(bound, at_least<T>(-bound, y));
+            const T* limit = c.limits[f.value];
+            y = at_most<T>(splat(limit[1]), at_least<T>(splat(limit[0]), y));
           }
           store<T>(inputs + f.value * kWideStride + i, y);
         };

@@ -66,7 +66,7 @@ struct TensorStep {
   const T *w1, *b1;  // (hidden, hidden), (hidden): two hidden layers
   T* w_out;          // (hidden, 2)
   T b_out[2];
-  T limit[kFeatures];  // bounds on the features before normalisation: lagged alone
+  T limits[kFeatures][2];  // lowest and highest of a feature before normalisation: lagged alone
 
   int features() const { return tensor.loops.factored ? int(kFactoredFeatures) : int(kFeatures); }
 };
