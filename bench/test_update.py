@@ -6,7 +6,7 @@ import pytest
 
 WORKLOADS = ("256", "1024", "4096", "300:1000", "300:25x40")
 FAST = [("torch", "adamw_fused"), ("torch", "adamw_foreach"), ("torch", "lopt_fast")]
-FAST += [("jax", "adamw"), ("jax", "lopt_fast"), ("jax", "lopt_fast_step")]
+FAST += [("jax", "adamw"), ("jax", "lopt_fast"), ("jax", "lopt_fast_step"), ("jax", "dispatch")]
 CODE = [("torch", "matmul"), ("torch", "elementwise"), ("jax", "matmul"), ("jax", "elementwise")]
 
 
@@ -15,7 +15,7 @@ CODE = [("torch", "matmul"), ("torch", "elementwise"), ("jax", "matmul"), ("jax"
 @pytest.mark.parametrize("statistics", ["exact", "lagged"])
 def test_step(benchmark, make_contender, time_step, workload, framework, kind, statistics) -> None:
     if statistics == "lagged" and "lopt_fast" not in kind:
-        pytest.skip("AdamW has no statistics")
+        pytest.skip(f"{kind} has no statistics")
     benchmark.group = f"step, {workload}"
     time_step(make_contender(framework, kind, workload, statistics=statistics))
 

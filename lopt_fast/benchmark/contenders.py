@@ -23,15 +23,23 @@ Framework = Literal["torch", "jax"]
 FRAMEWORKS: tuple[Framework, ...] = ("torch", "jax")
 
 Kind = Literal[
-    "lopt_fast", "lopt_fast_step", "adamw_fused", "adamw_foreach", "adamw", "matmul", "elementwise"
+    "lopt_fast",
+    "lopt_fast_step",
+    "dispatch",
+    "adamw_fused",
+    "adamw_foreach",
+    "adamw",
+    "matmul",
+    "elementwise",
 ]
-"""`lopt_fast_step` is JAX's `step`, which writes new parameters in place of updates. `matmul` and `elementwise` are
+"""`lopt_fast_step` is JAX's `step`, which writes new parameters in place of updates. `dispatch` is a call that takes
+and returns the same arrays as `lopt_fast_step` and computes nothing. `matmul` and `elementwise` are
 framework code: `lopt_fast.reference` under eager PyTorch or `jax.jit`, with concatenated columns and matrix products,
 or with the products of the MLP expanded."""
 
 KINDS: dict[Framework, tuple[Kind, ...]] = {
     "torch": ("adamw_fused", "adamw_foreach", "lopt_fast", "matmul", "elementwise"),
-    "jax": ("adamw", "lopt_fast", "lopt_fast_step", "matmul", "elementwise"),
+    "jax": ("adamw", "lopt_fast", "lopt_fast_step", "dispatch", "matmul", "elementwise"),
 }
 BASELINES = ("torch/adamw_fused", "torch/adamw_foreach", "jax/adamw", "torch/lopt_fast", "jax/lopt_fast")
 """Contenders that the others are divided by, where they are in the same run."""
@@ -186,7 +194,16 @@ def learned_oracle(config: Config, theta: Mapping[str, np.ndarray] | None = None
     return steps
 
 
+def idle_oracle(parameters: Arrays, gradients: Arrays) -> Iterable[list[np.ndarray]]:
+    """Nothing is done."""
+    del gradients
+    while True:
+        yield list(parameters)
+
+
 def oracle(kind: str, config: Config) -> Oracle:
+    if kind == "dispatch":
+        return idle_oracle
     return adamw_oracle if kind.startswith("adamw") else learned_oracle(config)
 
 
@@ -214,7 +231,7 @@ def verify(
         after = next(references)
         for i, (got, want) in enumerate(zip(contender.parameters(), after, strict=True)):
             update = float(np.abs(want - before[i]).max())
-            if update == 0.0:
+            if update == 0.0 and expected is not idle_oracle:
                 raise BenchmarkError(
                     f"{contender.name} is not timed: the reference does not move a tensor of shape {shapes[i]}, so "
                     "that nothing would be compared"

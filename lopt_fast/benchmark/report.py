@@ -63,7 +63,7 @@ def comparisons(record: Record) -> str:
         for c in result["contenders"]:
             if code and c["name"] not in code:
                 continue
-            learned = "adamw" not in c["name"]
+            learned = not c["name"].partition("/")[2].startswith(("adamw", "dispatch"))
             rows.append(
                 [
                     result["workload"],
@@ -89,11 +89,20 @@ def comparisons(record: Record) -> str:
 def summary(record: Record) -> str:
     """One row for each workload, width and statistics of an update record: the ratios that matter."""
     header = ["tensors", "width", "statistics", "PyTorch", "vs AdamW fused", "vs AdamW foreach"]
-    header += ["JAX update", "vs optax AdamW", "vs PyTorch", "JAX step", "vs PyTorch"]
+    header += [
+        "JAX update",
+        "vs optax AdamW",
+        "vs PyTorch",
+        "JAX step",
+        "vs PyTorch",
+        "JAX dispatch",
+        "vs PyTorch",
+    ]
     columns = {
         "torch/lopt_fast": ("torch/adamw_fused", "torch/adamw_foreach"),
         "jax/lopt_fast": ("jax/adamw", "torch/lopt_fast"),
         "jax/lopt_fast_step": ("torch/lopt_fast",),
+        "jax/dispatch": ("torch/lopt_fast",),
     }
     rows = []
     for result in record["results"]:

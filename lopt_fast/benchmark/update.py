@@ -192,7 +192,10 @@ def run(
         (f, k) for f in frameworks for k in contenders.KINDS[f] if k.startswith("adamw")
     ]
     ours: list[tuple[Framework, Kind]] = [
-        (f, k) for f in frameworks for k in contenders.KINDS[f] if k.startswith("lopt_fast")
+        (f, k)
+        for f in frameworks
+        for k in contenders.KINDS[f]
+        if k.startswith("lopt_fast") or k == "dispatch"
     ]
     code: tuple[Kind, ...] = ("matmul", "elementwise")
     for workload in workloads:
