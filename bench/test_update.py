@@ -6,7 +6,13 @@ import pytest
 
 WORKLOADS = ("256", "1024", "4096", "300:1000", "300:25x40")
 FAST = [("torch", "adamw_fused"), ("torch", "adamw_foreach"), ("torch", "lopt_fast")]
-FAST += [("jax", "adamw"), ("jax", "lopt_fast"), ("jax", "lopt_fast_step"), ("jax", "dispatch")]
+FAST += [
+    ("jax", "adamw"),
+    ("jax", "lopt_fast"),
+    ("jax", "lopt_fast_step"),
+    ("jax", "lopt_fast_loop"),
+    ("jax", "dispatch"),
+]
 CODE = [("torch", "matmul"), ("torch", "elementwise"), ("jax", "matmul"), ("jax", "elementwise")]
 
 

@@ -25,6 +25,7 @@ FRAMEWORKS: tuple[Framework, ...] = ("torch", "jax")
 Kind = Literal[
     "lopt_fast",
     "lopt_fast_step",
+    "lopt_fast_loop",
     "dispatch",
     "adamw_fused",
     "adamw_foreach",
@@ -32,14 +33,15 @@ Kind = Literal[
     "matmul",
     "elementwise",
 ]
-"""`lopt_fast_step` is JAX's `step`, which writes new parameters in place of updates. `dispatch` is a call that takes
-and returns the same arrays as `lopt_fast_step` and computes nothing. `matmul` and `elementwise` are
-framework code: `lopt_fast.reference` under eager PyTorch or `jax.jit`, with concatenated columns and matrix products,
-or with the products of the MLP expanded."""
+"""`lopt_fast_step` is JAX's `step`, which writes new parameters in place of updates; `lopt_fast_loop` takes all steps
+of a sample in one call, as a training loop under `jit` would. `dispatch` is a call that takes and returns the same
+arrays as `lopt_fast_step` and computes nothing. `matmul` and `elementwise` are framework code: `lopt_fast.reference`
+under eager PyTorch or `jax.jit`, with concatenated columns and matrix products, or with the products of the MLP
+expanded."""
 
 KINDS: dict[Framework, tuple[Kind, ...]] = {
     "torch": ("adamw_fused", "adamw_foreach", "lopt_fast", "matmul", "elementwise"),
-    "jax": ("adamw", "lopt_fast", "lopt_fast_step", "dispatch", "matmul", "elementwise"),
+    "jax": ("adamw", "lopt_fast", "lopt_fast_step", "lopt_fast_loop", "dispatch", "matmul", "elementwise"),
 }
 BASELINES = ("torch/adamw_fused", "torch/adamw_foreach", "jax/adamw", "torch/lopt_fast", "jax/lopt_fast")
 """Contenders that the others are divided by, where they are in the same run."""

@@ -1,7 +1,7 @@
 """Contenders in JAX: a step under one `jit`, parameters and state donated.
 
 AdamW and framework code are `tx.update` and `optax.apply_updates`, `lopt_fast` too; `lopt_fast_step` is its own `step`,
-and `dispatch` hands the arrays of that back as they are.
+`lopt_fast_loop` many of these in one call, and `dispatch` hands the arrays of that back as they are.
 
 Gradients are arguments. In a training step they would be intermediates, whose memory XLA may reuse for the updates;
 so by default they are donated too, and fresh ones are made before each sample, outside of the timed region. XLA reuses
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -56,6 +57,8 @@ def build(kind: Kind, config: Config, parameters: Arrays, gradients: Arrays) -> 
     def start(params: Any) -> tuple[Any, Any]:
         return params, transformation.init(params)
 
+    if kind == "lopt_fast_loop":
+        return _loop(kind, config, parameters, gradients, transformation)
     return wrap(kind, config, parameters, gradients, start, step)
 
 
@@ -103,6 +106,30 @@ def wrap(
         return [np.asarray(p) for p in read(params, state)]
 
     return Contender("jax", kind, prepare, run, values)
+
+
+def _loop(kind: str, config: Config, parameters: Arrays, gradients: Arrays, transformation: Any) -> Contender:
+    """All steps of `run` in one program; the gradients stay as they are."""
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def steps_of(params: Any, state: Any, grads: Any, steps: int) -> Any:
+        def one(_: Any, carry: Any) -> Any:
+            params, state = carry
+            return transformation.step(grads, state, params)
+
+        return jax.lax.fori_loop(0, steps, one, (params, state))
+
+    device = jax.devices(config.device)[0]
+    params = jax.device_put([jnp.array(p) for p in parameters], device)
+    grads = jax.device_put([jnp.array(g) for g in gradients], device)
+    state = transformation.init(params)
+
+    def run(steps: int) -> None:
+        nonlocal params, state
+        params, state = steps_of(params, state, grads, steps)
+        params[-1].block_until_ready()
+
+    return Contender("jax", kind, lambda steps: None, run, lambda: [np.asarray(p) for p in params])
 
 
 def _transformation(kind: Kind, config: Config) -> Any:

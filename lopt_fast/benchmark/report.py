@@ -95,6 +95,8 @@ def summary(record: Record) -> str:
         "vs PyTorch",
         "JAX step",
         "vs PyTorch",
+        "JAX steps in one call",
+        "vs PyTorch",
         "JAX dispatch",
         "vs PyTorch",
     ]
@@ -102,6 +104,7 @@ def summary(record: Record) -> str:
         "torch/lopt_fast": ("torch/adamw_fused", "torch/adamw_foreach"),
         "jax/lopt_fast": ("jax/adamw", "torch/lopt_fast"),
         "jax/lopt_fast_step": ("torch/lopt_fast",),
+        "jax/lopt_fast_loop": ("torch/lopt_fast",),
         "jax/dispatch": ("torch/lopt_fast",),
     }
     rows = []
