@@ -63,8 +63,8 @@ class Config:
     device: str = "cpu"
     """JAX's name of the platform; PyTorch's contenders on GPUs are in `gpu_contenders`."""
     donate_gradients: bool = True
-    """JAX alone: gradients are intermediates of a real training step, so that XLA may reuse their memory. With
-    False they are arguments that stay alive, and XLA copies where the custom call would overwrite them."""
+    """JAX's `lopt_fast` alone: gradients are intermediates of a real training step, so that XLA may reuse their memory.
+    With False they are arguments that stay alive, and XLA copies where the custom call would overwrite them."""
 
     @property
     def spec(self) -> Spec:

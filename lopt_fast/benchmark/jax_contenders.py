@@ -3,15 +3,14 @@
 AdamW and framework code are `tx.update` and `optax.apply_updates`, `lopt_fast` too; `lopt_fast_step` is its own `step`,
 `lopt_fast_loop` many of these in one call, and `dispatch` hands the arrays of that back as they are.
 
-Gradients are arguments. In a training step they would be intermediates, whose memory XLA may reuse for the updates;
-so by default they are donated too, and fresh ones are made before each sample, outside of the timed region. XLA reuses
-the memory of a donated argument only for a result: so `lopt_fast`, whose custom call writes the updates over the
-gradients, returns the updates as well. Nothing is computed or moved for that.
+Gradients are arguments, fresh ones for each sample, made and freed outside of the timed region. In a training step they
+would be intermediates, whose memory XLA may reuse. `lopt_fast`, whose custom call writes the updates over the
+gradients, has that memory too: they are donated, and since XLA reuses the memory of a donated argument only for a
+result, it returns the updates as well. Nothing is computed or moved for that.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -39,8 +38,6 @@ from .contenders import (
 Step = Callable[[Any, Any, Any], tuple[Any, ...]]
 """(parameters, state, gradients) -> (parameters, state, ...), not yet under jit."""
 
-_UNUSED_DONATION = "Some donated buffers were not usable"
-
 
 def build(kind: Kind, config: Config, parameters: Arrays, gradients: Arrays) -> Contender:
     transformation = _transformation(kind, config)
@@ -59,7 +56,8 @@ def build(kind: Kind, config: Config, parameters: Arrays, gradients: Arrays) -> 
 
     if kind == "lopt_fast_loop":
         return _loop(kind, config, parameters, gradients, transformation)
-    return wrap(kind, config, parameters, gradients, start, step)
+    overwrites = kind == "lopt_fast" and config.donate_gradients
+    return wrap(kind, config, parameters, gradients, start, step, overwrites=overwrites)
 
 
 def wrap(
@@ -70,9 +68,14 @@ def wrap(
     start: Callable[[Any], tuple[Any, Any]],
     step: Step,
     read: Callable[[Any, Any], Any] = lambda params, state: params,
+    *,
+    overwrites: bool = False,
 ) -> Contender:
-    """Contender around `step` under jit, from `start(parameters)`; `read(parameters, state)` finds the parameters."""
-    donated = (0, 1, 2) if config.donate_gradients else (0, 1)
+    """Contender around `step` under jit, from `start(parameters)`; `read(parameters, state)` finds the parameters.
+
+    overwrites: a result of `step` takes the memory of the gradients.
+    """
+    donated = (0, 1, 2) if overwrites else (0, 1)
     jitted = jax.jit(step, donate_argnums=donated, keep_unused=True)
     copies = jax.jit(lambda grads: [jnp.copy(g) for g in grads])
     # A copy, since an array that shares NumPy's memory could not be donated; on a named device, as the outputs will
@@ -81,24 +84,21 @@ def wrap(
     params, state = jax.device_put(start([jnp.array(p) for p in parameters]), device)
     fresh = jax.device_put([jnp.array(g) for g in gradients], device)
     waiting: list[list[jax.Array]] = []
-    warm = 0
+    used: list[Any] = []  # freed by `prepare`: that takes milliseconds for large arrays
 
     def prepare(steps: int) -> None:
+        used.clear()
         del waiting[steps:]
         while len(waiting) < steps:
-            waiting.append(copies(fresh) if config.donate_gradients else fresh)
+            waiting.append(copies(fresh))
         jax.block_until_ready(waiting)
 
     def run(steps: int) -> None:
-        nonlocal params, state, warm
-        while warm < 2 and steps:  # a state of weakly typed numbers is compiled a second time
-            with warnings.catch_warnings():
-                # Said at compilation: AdamW has no result that could take the memory of its gradients.
-                warnings.filterwarnings("ignore", message=_UNUSED_DONATION)
-                params, state, *_ = jitted(params, state, waiting.pop())
-            warm, steps = warm + 1, steps - 1
+        nonlocal params, state
         for _ in range(steps):
-            params, state, *_ = jitted(params, state, waiting.pop())
+            grads = waiting.pop()
+            params, state, *rest = jitted(params, state, grads)
+            used.append((grads, rest))
         # All results of a program are there at once; asking each of 300 for it would take 0.2 ms of Python.
         jax.tree.leaves(params)[-1].block_until_ready()
 
