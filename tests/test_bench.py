@@ -251,6 +251,30 @@ def test_jax_framework_code_is_right_and_keeps_its_gradients() -> None:
     assert 0.0 <= error <= 1.0
 
 
+def test_a_jax_contender_may_keep_its_parameters_in_its_state() -> None:
+    """As google/learned_optimization does."""
+    pytest.importorskip("jax")
+    pytest.importorskip("optax")
+    from lopt_fast.benchmark.jax_contenders import wrap
+
+    def build(parameters: contenders.Arrays, gradients: contenders.Arrays) -> contenders.Contender:
+        return wrap(
+            "sgd",
+            Config(),
+            parameters,
+            gradients,
+            lambda params: ((), params),
+            lambda nothing, state, grads: (nothing, [p - g for p, g in zip(state, grads, strict=True)]),
+            lambda nothing, state: state,
+        )
+
+    parameters, gradients = [np.ones((3,), np.float32)], [np.full((3,), 0.25, np.float32)]
+    contender = build(parameters, gradients)
+    contender.prepare(2)
+    contender.run(2)
+    np.testing.assert_array_equal(contender.parameters()[0], np.full((3,), 0.5, np.float32))
+
+
 def test_an_unknown_contender_is_named() -> None:
     with pytest.raises(BenchmarkError, match="jax has no contender 'adamw_fused'"):
         contenders.builder("jax", "adamw_fused", Config())

@@ -100,7 +100,7 @@ def wrap(
             params, state, *rest = jitted(params, state, grads)
             used.append((grads, rest))
         # All results of a program are there at once; asking each of 300 for it would take 0.2 ms of Python.
-        jax.tree.leaves(params)[-1].block_until_ready()
+        jax.tree.leaves((params, state))[-1].block_until_ready()
 
     def values() -> list[np.ndarray]:
         return [np.asarray(p) for p in read(params, state)]
