@@ -95,6 +95,46 @@ struct PassTimes {
 void small_fc_step(const Spec& spec, const Tensor* tensors, int64_t count, const double* max_norms,
                    int32_t clip_groups, const Pool& pool, PassTimes* times = nullptr);
 
+// ---- a step over parts of tensors ----
+
+// Where one tensor lies in several places (devices, processes), each holds a part of it and the whole of its
+// row, column and mean squares; and a step is a sequence of phases, the same in all places. What a phase
+// gives is added up over all of them (an all-reduce) before the next phase takes it.
+//   exact:  factor_sums, + , feature_sums, + , apply
+//   lagged: apply, + , finish; at the first step factor_sums, + , feature_sums, + before them
+enum class PartPhase : int32_t {
+  factor_sums,   // gives `factors`
+  feature_sums,  // takes `factors`, gives `squares`
+  apply,         // takes both (lagged: at the first step alone), writes output and state; lagged: gives both
+  finish,        // lagged: takes both, for the state of the next step
+};
+
+// The elements [begin, begin + sizes) of a tensor of sizes `whole`; axes in memory order.
+struct TensorPart {
+  int32_t ndim;  // 1 to 64
+  const int64_t *sizes, *whole, *begin;
+  int32_t x_axis, y_axis;  // those of Tensor::loops
+  int64_t copies;          // how many places hold this very part
+};
+
+// `tensor` describes the part: loops, views, momentum, second moment and, where the whole tensor is not
+// factored, row. Row and column of a factored tensor and the mean squares are of the whole.
+struct PartTensor {
+  Tensor tensor;
+  TensorPart part;
+  double* factors;  // (part_sums): means of g^2, along x and then along y
+  double* squares;  // (kPartSquares): mean squares of the features
+};
+constexpr int64_t kPartSquares = 22;
+
+// Length of `factors`: elements of row and column; 0 where the tensor is not factored.
+int64_t part_sums(const TensorPart& part, bool factored);
+
+// One phase over all tensors: bitwise the same for any pool. The gradient is scaled by
+// StepScalars::grad_scale alone: tensors are in no clip group. Throws as small_fc_step does.
+void small_fc_phase(const Spec& spec, PartPhase phase, const PartTensor* tensors, int64_t count,
+                    const Pool& pool);
+
 // Number of meta-parameters that `theta` holds for this specification.
 int64_t theta_size(const Spec& spec);
 

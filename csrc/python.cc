@@ -2,8 +2,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <iterator>
 #include <new>
 #include <optional>
 #include <stdexcept>
@@ -71,15 +73,15 @@ void check_rank(const Record& record, const Address& array, const char* what) {
     throw std::invalid_argument(std::string(what) + ": one stride is needed for each axis");
 }
 
-void small_fc_step(const lopt::Spec& spec, uintptr_t theta_float32, uintptr_t theta_float64,
-                   const std::vector<Record*>& records, const std::vector<Address>& params,
-                   const std::vector<Address>& grads, const std::vector<Address>& outputs, bool apply,
-                   double lr, double weight_decay, double grad_scale, int64_t t,
-                   std::optional<double> max_grad_norm, const std::string& pool, int threads) {
+// The tensors of a call; `scalars` are those of each tensor, `clip_group` of all.
+std::vector<lopt::Tensor> tensors_of(uintptr_t theta_float32, uintptr_t theta_float64,
+                                     const std::vector<Record*>& records, const std::vector<Address>& params,
+                                     const std::vector<Address>& grads, const std::vector<Address>& outputs,
+                                     bool apply, const std::vector<lopt::StepScalars>& scalars,
+                                     int32_t clip_group) {
   const size_t count = records.size();
-  if (params.size() != count || grads.size() != count || outputs.size() != count)
-    throw std::invalid_argument("records, params, grads and outputs must be equally many");
-  const lopt::StepScalars scalars{lr, weight_decay, grad_scale, t};
+  if (params.size() != count || grads.size() != count || outputs.size() != count || scalars.size() != count)
+    throw std::invalid_argument("what is given for each tensor must be equally many");
   std::vector<lopt::Tensor> tensors(count);
   for (size_t i = 0; i < count; ++i) {
     const Record& r = *records[i];
@@ -101,14 +103,74 @@ void small_fc_step(const lopt::Spec& spec, uintptr_t theta_float32, uintptr_t th
                   r.column,
                   r.mean_squares,
                   pointer(theta),
-                  &scalars,
-                  max_grad_norm ? 0 : -1,
+                  &scalars[i],
+                  clip_group,
                   r.momentum_stride};
   }
+  return tensors;
+}
+
+void small_fc_step(const lopt::Spec& spec, uintptr_t theta_float32, uintptr_t theta_float64,
+                   const std::vector<Record*>& records, const std::vector<Address>& params,
+                   const std::vector<Address>& grads, const std::vector<Address>& outputs, bool apply,
+                   double lr, double weight_decay, double grad_scale, int64_t t,
+                   std::optional<double> max_grad_norm, const std::string& pool, int threads) {
+  const std::vector<lopt::StepScalars> scalars(records.size(), {lr, weight_decay, grad_scale, t});
+  const std::vector<lopt::Tensor> tensors = tensors_of(theta_float32, theta_float64, records, params, grads,
+                                                       outputs, apply, scalars, max_grad_norm ? 0 : -1);
   const lopt::Pool chosen = pool_of(pool, threads);
   const double max_norm = max_grad_norm.value_or(0.0);
   py::gil_scoped_release release;
-  lopt::small_fc_step(spec, tensors.data(), int64_t(count), &max_norm, max_grad_norm ? 1 : 0, chosen);
+  lopt::small_fc_step(spec, tensors.data(), int64_t(tensors.size()), &max_norm, max_grad_norm ? 1 : 0,
+                      chosen);
+}
+
+// lopt::TensorPart with the sizes that it points to.
+struct OwnedPart {
+  std::vector<int64_t> sizes, whole, begin;
+  int32_t x_axis, y_axis;
+  int64_t copies;
+
+  lopt::TensorPart view() const {
+    return {int32_t(sizes.size()), sizes.data(), whole.data(), begin.data(), x_axis, y_axis, copies};
+  }
+};
+
+OwnedPart make_part(std::vector<int64_t> sizes, std::vector<int64_t> whole, std::vector<int64_t> begin,
+                    int32_t x_axis, int32_t y_axis, int64_t copies) {
+  if (sizes.size() != whole.size() || sizes.size() != begin.size())
+    throw std::invalid_argument("sizes, whole and begin must be equally many");
+  return {std::move(sizes), std::move(whole), std::move(begin), x_axis, y_axis, copies};
+}
+
+using ScalarNumbers = std::tuple<double, double, double, int64_t>;  // lopt::StepScalars
+
+// `factors`: address of the sums of all tensors, one after the other; `squares` likewise.
+void small_fc_phase(const lopt::Spec& spec, const std::string& phase, uintptr_t theta_float32,
+                    uintptr_t theta_float64, const std::vector<Record*>& records,
+                    const std::vector<OwnedPart*>& parts, const std::vector<Address>& params,
+                    const std::vector<Address>& grads, const std::vector<ScalarNumbers>& numbers,
+                    uintptr_t factors, uintptr_t squares, const std::string& pool, int threads) {
+  static const char* const kNames[] = {"factor_sums", "feature_sums", "apply", "finish"};
+  const auto* const name = std::find(std::begin(kNames), std::end(kNames), phase);
+  if (name == std::end(kNames)) throw std::invalid_argument("unknown phase " + phase);
+  if (parts.size() != records.size()) throw std::invalid_argument("each tensor needs its part");
+  std::vector<lopt::StepScalars> scalars;
+  for (const auto& [lr, weight_decay, grad_scale, t] : numbers)
+    scalars.push_back({lr, weight_decay, grad_scale, t});
+  const std::vector<lopt::Tensor> tensors =
+      tensors_of(theta_float32, theta_float64, records, params, grads, params, true, scalars, -1);
+  std::vector<lopt::PartTensor> all;
+  auto* sums = static_cast<double*>(pointer(factors));
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const lopt::TensorPart part = parts[i]->view();
+    all.push_back(
+        {tensors[i], part, sums, static_cast<double*>(pointer(squares)) + int64_t(i) * lopt::kPartSquares});
+    sums += lopt::part_sums(part, tensors[i].loops.factored);
+  }
+  const lopt::Pool chosen = pool_of(pool, threads);
+  py::gil_scoped_release release;
+  lopt::small_fc_phase(spec, lopt::PartPhase(name - kNames), all.data(), int64_t(all.size()), chosen);
 }
 
 std::vector<std::string> available_instruction_sets() {
@@ -141,6 +203,18 @@ PYBIND11_MODULE(_native, m) {
         py::arg("theta_float64"), py::arg("records"), py::arg("params"), py::arg("grads"), py::arg("outputs"),
         py::arg("apply"), py::arg("lr"), py::arg("weight_decay"), py::arg("grad_scale"), py::arg("t"),
         py::arg("max_grad_norm"), py::arg("pool"), py::arg("threads"));
+
+  py::class_<OwnedPart>(m, "Part")
+      .def(py::init(&make_part), py::kw_only(), py::arg("sizes"), py::arg("whole"), py::arg("begin"),
+           py::arg("x_axis"), py::arg("y_axis"), py::arg("copies"))
+      .def(
+          "sums", [](const OwnedPart& part, bool factored) { return lopt::part_sums(part.view(), factored); },
+          py::arg("factored"));
+  m.attr("part_squares") = lopt::kPartSquares;
+  m.def("small_fc_phase", &small_fc_phase, py::kw_only(), py::arg("spec"), py::arg("phase"),
+        py::arg("theta_float32"), py::arg("theta_float64"), py::arg("records"), py::arg("parts"),
+        py::arg("params"), py::arg("grads"), py::arg("numbers"), py::arg("factors"), py::arg("squares"),
+        py::arg("pool"), py::arg("threads"));
 
   m.attr("cuda_build") = LOPT_CUDA_BUILD;  // why lopt_fast._cuda was not built; empty: it was
 

@@ -34,6 +34,17 @@ def column_shape(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
+class Part:
+    """The elements [begin, begin + shape) of a tensor of shape `whole`, of which several places hold a part each."""
+
+    shape: tuple[int, ...]
+    whole: tuple[int, ...]
+    begin: tuple[int, ...]
+    copies: int = 1
+    """How many places hold this very part."""
+
+
+@dataclass(frozen=True)
 class Loops:
     """A tensor in memory order as five nested loops [batch0, x, batch1, y, batch2].
 
@@ -55,9 +66,14 @@ class Loops:
         return self.batch0 * self.x * self.batch1 * self.y * self.batch2
 
 
-def loops(shape: Sequence[int], order: Sequence[int] | None = None) -> Loops:
-    """Loops of a tensor whose axes lie in memory as `order` (outermost first; default: C order)."""
-    dims = factored_dims(shape)
+def loops(
+    shape: Sequence[int], order: Sequence[int] | None = None, whole: Sequence[int] | None = None
+) -> Loops:
+    """Loops of a tensor whose axes lie in memory as `order` (outermost first; default: C order).
+
+    Of a part, `whole` is the shape of the tensor: it decides which axes are factored.
+    """
+    dims = factored_dims(shape if whole is None else whole)
     if dims is None:
         return Loops(1, 1, 1, math.prod(shape), 1, True, False)
     d1, d0 = dims

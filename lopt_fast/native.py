@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .backends import choose, native
-from .layout import Loops, dense_strides, factored_dims, loops, memory_order
+from .layout import Loops, Part, dense_strides, factored_dims, loops, memory_order
 from .reference import TensorState, flatten_theta
 from .spec import Accumulates, Spec
 
@@ -48,14 +48,20 @@ class Placement:
     shape: tuple[int, ...]
     order: tuple[int, ...]
     on_gpu: bool = False
+    part: Part | None = None
+    """Of a larger tensor, whose row and column accumulators are kept whole."""
 
     @classmethod
     def of(cls, shape: Sequence[int], strides: Sequence[int], on_gpu: bool = False) -> Placement:
         return cls(tuple(shape), memory_order(strides, shape), on_gpu)
 
     @property
+    def whole(self) -> tuple[int, ...]:
+        return self.shape if self.part is None else self.part.whole
+
+    @property
     def loops(self) -> Loops:
-        return loops(self.shape, self.order)
+        return loops(self.shape, self.order, self.whole)
 
     def in_memory_order(self, per_axis: Sequence[int]) -> tuple[int, ...]:
         return tuple(per_axis[axis] for axis in self.order)
@@ -88,7 +94,7 @@ class Placement:
 
         def layout(count: int, without: int | None = None) -> tuple[tuple[int, ...], tuple[int, ...]]:
             kept = [axis for axis in range(len(self.shape)) if axis != without]
-            shape = tuple(self.shape[axis] for axis in kept)
+            shape = tuple((self.shape if without is None else self.whole)[axis] for axis in kept)
             order = [kept.index(axis) for axis in self.order if axis != without]
             return (count, *shape), (math.prod(shape), *dense_strides(shape, order))
 
@@ -99,7 +105,7 @@ class Placement:
         if spec.second_moments:
             found["second_moment"] = layout(spec.second_moments)
         if spec.factored_moments:
-            d1, d0 = factored_dims(self.shape) or (None, None)
+            d1, d0 = factored_dims(self.whole) or (None, None)
             found["factored_row"] = layout(spec.factored_moments, without=d0)
             if d0 is not None:
                 found["factored_column"] = layout(spec.factored_moments, without=d1)
@@ -120,6 +126,17 @@ class Placement:
             column=addresses.get("factored_column", 0),
             mean_squares=addresses.get("mean_squares", 0),
             momentum_stride=self.momentum_stride,
+        )
+
+    def native_part(self) -> Any:
+        """The part as the kernels know it; a tensor that lies in one place alone is a part as well."""
+        part = self.part or Part(self.shape, self.shape, (0,) * len(self.shape))
+        dims = factored_dims(self.whole)
+        x_axis, y_axis = sorted(map(self.order.index, dims)) if dims else (0, 0)
+        in_order = map(self.in_memory_order, (part.shape, part.whole, part.begin))
+        sizes, whole, begin = ((1,), (1,), (0,)) if not self.shape else in_order
+        return native().Part(
+            sizes=sizes, whole=whole, begin=begin, x_axis=x_axis, y_axis=y_axis, copies=part.copies
         )
 
 

@@ -307,12 +307,17 @@ void move_accumulator(const TensorStep<T>& c, T* accumulator, int64_t size, cons
 }
 
 template <typename T>
-void update_factors(const TensorStep<T>& c) {
+void move_factors(const TensorStep<T>& c, const T* x_sums, T x_count, const T* y_sums, T y_count) {
+  move_accumulator(c, c.x_accumulator, c.x_size, x_sums, x_count);
+  move_accumulator(c, c.y_accumulator, c.y_size, y_sums, y_count);
+}
+
+template <typename T>
+void add_factor_sums(const TensorStep<T>& c) {
   const Loops& l = c.tensor.loops;
   const Tiling& t = c.tiling;
   for (int64_t tile = 1; tile < t.run_tiles; ++tile)
     for (int64_t i = 0; i < c.x_size; ++i) c.x_sums[i] += c.x_sums[tile * c.x_size + i];
-  move_accumulator(c, c.x_accumulator, c.x_size, c.x_sums, T(l.y));
 
   const int64_t width = l.batch1 * t.run;
   __builtin_memset(c.scratch, 0, size_t(c.y_size) * sizeof(T));
@@ -324,7 +329,6 @@ void update_factors(const TensorStep<T>& c) {
       for (int64_t i = 0; i < width; ++i) to[i] += from[i];
     }
   }
-  move_accumulator(c, c.y_accumulator, c.y_size, c.scratch, T(l.x));
 }
 
 // What the columns of one accumulator (raw and inverse root, normalised) add to the hidden units, from `bias`
@@ -1096,10 +1100,10 @@ namespace LOPT_ISA {
 const Kernels& small_fc() {
   static constexpr Kernels kernels = {
       LOPT_STRING(LOPT_ISA),
-      {factor_statistics<float>, update_factors<float>, fold_factors<float>, feature_statistics<float>,
-       apply<float>, square_sum<float>},
-      {factor_statistics<double>, update_factors<double>, fold_factors<double>, feature_statistics<double>,
-       apply<double>, square_sum<double>},
+      {factor_statistics<float>, add_factor_sums<float>, move_factors<float>, fold_factors<float>,
+       feature_statistics<float>, apply<float>, square_sum<float>},
+      {factor_statistics<double>, add_factor_sums<double>, move_factors<double>, fold_factors<double>,
+       feature_statistics<double>, apply<double>, square_sum<double>},
   };
   return kernels;
 }

@@ -76,8 +76,10 @@ template <typename T>
 struct KernelTable {
   // Pass 1 over one tile: sums of g^2 along both factored axes (x_sums, y_sums).
   void (*factor_statistics)(const TensorStep<T>&, int64_t tile);
-  // Adds up pass 1 and moves the accumulators on.
-  void (*update_factors)(const TensorStep<T>&);
+  // Adds up pass 1: the sums along y are then in x_sums, those along x in `scratch`.
+  void (*add_factor_sums)(const TensorStep<T>&);
+  // Moves the accumulators on, by such sums of so many squares each.
+  void (*move_factors)(const TensorStep<T>&, const T* x_sums, T x_count, const T* y_sums, T y_count);
   // x_factor, y_factor, x_bias, y_bias from the accumulators.
   void (*fold_factors)(const TensorStep<T>&);
   // Pass 2 over one tile: sums of the squares of the features.
