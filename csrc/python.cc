@@ -231,6 +231,7 @@ PYBIND11_MODULE(_native, m) {
     handlers["emulator"] = xla_handler(lopt::xla_small_fc_emulated_handler());
     return handlers;
   });
+  m.def("xla_phase_handler", [] { return xla_handler(lopt::xla_small_fc_phase_handler()); });
   m.def("xla_operation_handlers", [] {  // by operation, on the CPU
     py::dict handlers;
     handlers["element_mlp"] = xla_handler(lopt::xla_element_mlp_handler());

@@ -16,6 +16,8 @@ namespace lopt {
 void* xla_small_fc_cpu_handler();
 void* xla_small_fc_gpu_handler();
 void* xla_small_fc_emulated_handler();
+// That of a phase of a step over parts of tensors, on the CPU.
+void* xla_small_fc_phase_handler();
 
 // What the handler for GPUs launches through; it must stay. Throws std::invalid_argument if it was built
 // against another version of csrc/gpu.h.

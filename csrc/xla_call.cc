@@ -8,9 +8,28 @@ namespace {
 constexpr int64_t kFormat = 1;
 constexpr int64_t kCallFields = 9, kRealFields = 3, kLeafFields = 17;
 
+// Elements of a tensor, and sizes of its factored axes.
+struct Axes {
+  int64_t n, d1, d0;
+};
+
+// Of the leaf, or of the whole that it is a part of.
+Axes axes_of(const Loops& l, const TensorPart* part) {
+  int64_t n = l.batch0 * l.x * l.batch1 * l.y * l.batch2, x = l.x, y = l.y;
+  if (part) {
+    n = 1;
+    for (int32_t axis = 0; axis < part->ndim; ++axis) n *= part->whole[axis];
+    require(part->x_axis >= 0 && part->x_axis < part->ndim && part->y_axis >= 0 && part->y_axis < part->ndim,
+            "a part has no such axis");
+    x = part->whole[part->x_axis];
+    y = part->whole[part->y_axis];
+  }
+  return l.x_is_row ? Axes{n, x, y} : Axes{n, y, x};
+}
+
 }  // namespace
 
-Call decode(const CallFrame& frame, bool with_scratch) {
+Call decode(const CallFrame& frame, const CallShape& shape) {
   const Array& numbers = attribute(frame, "call", kS64);
   const Array& reals = attribute(frame, "reals", kF64);
   const Array& sizes = attribute(frame, "sizes", kS64);
@@ -22,8 +41,9 @@ Call decode(const CallFrame& frame, bool with_scratch) {
   const int64_t thetas = c[1], leaves = c[2], buffers = static_cast<int64_t>(sizes.size);
   require(thetas >= 1 && leaves >= 0 && table.size == static_cast<size_t>(leaves * kLeafFields),
           "the table of leaves has the wrong size");
-  require(frame.operands.size == 2 + thetas + buffers + 2 * leaves &&
-              frame.results.size == buffers + leaves + (with_scratch ? 1 : 0),
+  const int64_t written = (shape.state ? buffers : 0) + (shape.outputs ? leaves : 0);
+  require(frame.operands.size == 2 + thetas + buffers + 2 * leaves + shape.operands &&
+              frame.results.size == written + shape.results + (shape.scratch ? 1 : 0),
           "wrong number of operands or results");
   Call call{};
   call.spec = {
@@ -52,15 +72,15 @@ Call decode(const CallFrame& frame, bool with_scratch) {
   const int64_t* size_of = static_cast<const int64_t*>(sizes.data);
   const int64_t first_state = 2 + thetas, first_param = first_state + buffers,
                 first_grad = first_param + leaves;
-  for (int64_t i = 0; i < buffers; ++i) {
+  for (int64_t i = 0; i < buffers && shape.state; ++i) {
     const Buffer &from = batch.check(operand(first_state + i), size_of[i]),
                  &to = batch.check(result(i), size_of[i]);
     const size_t bytes = batch.size * size_of[i] * storage_bytes(from);
     require(to.dtype == from.dtype, "state changes its type");
     if (from.data != to.data && bytes > 0) call.copies.push_back({to.data, from.data, bytes});
   }
-  if (with_scratch) {
-    const Buffer& scratch = result(buffers + leaves);
+  if (shape.scratch) {
+    const Buffer& scratch = result(written);
     require(scratch.dtype == kU8, "scratch memory is not uint8");
     call.scratch = scratch.data;
     call.scratch_bytes = batch.size * batch.elements(scratch);
@@ -73,7 +93,7 @@ Call decode(const CallFrame& frame, bool with_scratch) {
     const int64_t n = loops.batch0 * loops.x * loops.batch1 * loops.y * loops.batch2;
     const Buffer& param = batch.check(operand(first_param + leaf), n);
     const Buffer& grad = batch.check(operand(first_grad + leaf), n);
-    const Buffer& output = batch.check(result(buffers + leaf), n);
+    const Buffer& output = shape.outputs ? batch.check(result(buffers + leaf), n) : param;
     const size_t bytes = storage_bytes(param);
     require(grad.dtype == param.dtype && output.dtype == param.dtype,
             "a gradient's type is not its parameter's");
@@ -82,9 +102,10 @@ Call decode(const CallFrame& frame, bool with_scratch) {
     while (theta < thetas && operand(2 + theta).dtype != computed) ++theta;
     require(theta < thetas, "no meta-parameters of a parameter's type");
 
-    const int64_t d1 = loops.x_is_row ? loops.x : loops.y, d0 = loops.x_is_row ? loops.y : loops.x;
-    const int64_t slot_sizes[5] = {3 * n, n, loops.factored ? (d0 ? 3 * n / d0 : 0) : 3 * n,
-                                   loops.factored ? (d1 ? 3 * n / d1 : 0) : 0, call.spec.lagged ? 28 : 0};
+    const Axes whole = axes_of(loops, shape.parts ? &shape.parts[leaf] : nullptr);
+    const int64_t row = whole.d0 ? 3 * whole.n / whole.d0 : 0, column = whole.d1 ? 3 * whole.n / whole.d1 : 0;
+    const int64_t slot_sizes[5] = {3 * n, n, loops.factored ? row : 3 * n, loops.factored ? column : 0,
+                                   call.spec.lagged ? 28 : 0};
     char* slots[5];
     size_t slot_strides[5];
     int32_t averages = computed;
@@ -95,7 +116,8 @@ Call decode(const CallFrame& frame, bool with_scratch) {
       if (slot_sizes[k] == 0) continue;
       require(slot >= 0 && slot < buffers && offset >= 0 && offset <= size_of[slot] - slot_sizes[k],
               "a leaf's state lies outside its buffer");
-      const Buffer& buffer = result(slot);
+      const Buffer& buffer =
+          shape.state ? result(slot) : batch.check(operand(first_state + slot), size_of[slot]);
       if (k == 0 && buffer.dtype == kBF16) averages = kBF16;
       require(buffer.dtype == (k < 2 ? averages : computed), "a leaf's state is of another type");
       slots[k] = static_cast<char*>(buffer.data) + offset * storage_bytes(buffer);

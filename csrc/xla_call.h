@@ -19,6 +19,18 @@
 // in float32. State is of the type of the arithmetic, as are the meta-parameters; momentum and second moment
 // may be bfloat16.
 //
+// A phase of a step over parts of tensors (lopt_fast/jax/sharded.py) has besides, where the leaves are parts:
+//
+//   operands: begin (s32): where each leaf's part begins, along all its axes; factors, squares (reals): the
+//       arrays of PartTensor for all leaves, one after the other
+//   results: of `apply` and `finish` the state buffers, of `apply` the outputs; factors and squares, as they
+//   are
+//       after the phase
+//   attributes: phase (s64): PartPhase; parts (s64, for each leaf): axes, x_axis, y_axis, copies, sizes,
+//   sizes of the
+//       whole
+//   and scalar 2 is what multiplies the gradient.
+//
 // Under vmap every operand and result has the same leading batch dimensions. Those of the meta-parameters,
 // whose own rank is 1, tell how many there are; the sizes of everything else are checked against them.
 #pragma once
@@ -70,7 +82,15 @@ struct Call {
   const void* scalar(int64_t b, int64_t k) const { return scalars + (b * kScalars + k) * scalar_bytes(); }
 };
 
+// What a call has beside the operands and results of a step, or has not.
+struct CallShape {
+  int64_t operands = 0, results = 0;  // behind the others; one result where `scratch`
+  bool scratch = false;
+  bool state = true, outputs = true;  // are results; else they are the operands, and not to be written
+  const TensorPart* parts = nullptr;  // of each leaf: row and column are of the whole; null: leaves are whole
+};
+
 // Throws std::invalid_argument if the call does not fit.
-Call decode(const CallFrame& frame, bool with_scratch);
+Call decode(const CallFrame& frame, const CallShape& shape);
 
 }  // namespace lopt::xla

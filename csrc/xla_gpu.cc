@@ -34,7 +34,9 @@ Storage storage_of(int32_t dtype) {
 }
 
 void enqueue(const xla::CallFrame& frame, const GpuDevice& device, void* stream) {
-  const xla::Call call = xla::decode(frame, /*with_scratch=*/true);
+  xla::CallShape shape;
+  shape.scratch = true;
+  const xla::Call call = xla::decode(frame, shape);
   const ScalarType real = call.scalar_dtype == xla::kF64 ? ScalarType::float64 : ScalarType::float32;
   std::vector<DeviceScalar> max_norms;
   for (int64_t b = 0; call.clip && b < call.batch; ++b) max_norms.push_back({0.0, call.scalar(b, 2), real});

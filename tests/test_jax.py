@@ -21,7 +21,7 @@ import lopt_fast.jax as lopt  # noqa: E402
 from lopt_fast import backends, reference  # noqa: E402
 from lopt_fast.architectures import small_fc_lopt  # noqa: E402
 from lopt_fast.backends import BackendError, BackendWarning  # noqa: E402
-from lopt_fast.jax import call  # noqa: E402
+from lopt_fast.jax import call, custom_call  # noqa: E402
 from lopt_fast.spec import Spec, SpecError  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -691,7 +691,7 @@ def test_errors_at_trace_time():
 @needs_kernel
 def test_handler_refuses_calls_that_do_not_fit(monkeypatch):
     """What Python does not check reaches XLA as an error that names the kernel."""
-    monkeypatch.setattr(call, "_FORMAT", 99)
+    monkeypatch.setattr(custom_call, "_FORMAT", 99)
     params, tx = {"w": jnp.ones((3, 5))}, optimizer(backend="cpu")
     with pytest.raises(Exception, match="lopt_fast small_fc_step: this call was written for another version"):
         jax.block_until_ready(jax.jit(lambda p: tx.update(p, tx.init(p), p))(params))

@@ -47,7 +47,7 @@ from test_jax_golden import FILES, check, needs_golden  # noqa: E402
 
 from lopt_fast import backends  # noqa: E402
 from lopt_fast.backends import BackendError, BackendWarning, native  # noqa: E402
-from lopt_fast.jax import call, transformation  # noqa: E402
+from lopt_fast.jax import call, custom_call, transformation  # noqa: E402
 from lopt_fast.spec import Spec  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
@@ -58,7 +58,7 @@ pytestmark = pytest.mark.skipif(
 @cache
 def register():
     handler = native().xla_handlers()["emulator"]
-    jax.ffi.register_ffi_target(call._TARGETS["cuda"], handler, platform="cpu")
+    jax.ffi.register_ffi_target(call.TARGETS["cuda"], handler, platform="cpu")
 
 
 def redirected(resolve):
@@ -171,14 +171,14 @@ def test_too_little_scratch_is_an_error(monkeypatch):
     short = SimpleNamespace(
         **{n: getattr(core, n) for n in dir(core)} | {"xla_gpu_scratch_bytes": lambda **_: 8}
     )
-    monkeypatch.setattr(call, "native", lambda: short)
+    monkeypatch.setattr(custom_call, "native", lambda: short)
     params, tx = {"w": jnp.ones((3, 5))}, optimizer(backend="cuda")
     with pytest.raises(Exception, match="lopt_fast small_fc_step: too little scratch memory"):
         jax.block_until_ready(jax.jit(lambda p: tx.update(p, tx.init(p), p))(params))
 
 
 def test_other_operands_are_an_error(monkeypatch):
-    monkeypatch.setattr(call, "_FORMAT", 99)
+    monkeypatch.setattr(custom_call, "_FORMAT", 99)
     params, tx = {"w": jnp.ones((3, 5))}, optimizer(backend="cuda")
     with pytest.raises(Exception, match="lopt_fast small_fc_step: this call was written for another version"):
         jax.block_until_ready(jax.jit(lambda p: tx.update(p, tx.init(p), p))(params))

@@ -19,7 +19,7 @@ from ..native import arithmetic
 from ..operations import ModelTensors, Operations
 from ..operations.accumulators import initial_state
 from ..reference import CLIP_EPSILON, Array, TensorState
-from .call import vary_like
+from .custom_call import vary_like
 from .operations import implementation
 from .trees import Described, Schedule, check_number, flatten, gradients, kind_of, scalars
 

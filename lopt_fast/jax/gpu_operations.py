@@ -33,7 +33,7 @@ from ..operations import (
 from ..operations.adam import ADAM_AVERAGES, adam_between_statistics
 from ..reference import Array, TensorState
 from ..spec import Accumulates, Averages
-from . import call
+from .custom_call import vary_like
 from .grouped import Grouped
 
 TARGET = "lopt_fast_operation_gpu"
@@ -199,7 +199,7 @@ class ByPlatform:
         def varying(operations: Operations) -> Any:
             """Over the same mesh axes whatever the branch: over those of a call's operands, as its results do."""
             results, structure = jax.tree.flatten(branch(operations))
-            return structure.unflatten(call.vary_like(results, inputs))
+            return structure.unflatten(vary_like(results, inputs))
 
         return jax.lax.platform_dependent(
             default=partial(varying, Grouped),
@@ -272,12 +272,12 @@ def _run(
         add(_single(g), writes and not in_place)
         for name in names:
             add(getattr(state, name), writes)
-    operands = call.vary_like(operands, ())
+    operands = vary_like(operands, ())
     # The operands that results are like describe them, with the mesh axes that they vary over.
     results = [operands[i] for i in aliased]
     more = [jnp.zeros((len(tensors), last), jnp.float32)] if last else []
     more.append(jnp.zeros(_scratch_bytes(operation, tensors, counts, spec), jnp.uint8))
-    results += call.vary_like(more, operands)
+    results += vary_like(more, operands)
     found = iter(
         jax.ffi.ffi_call(TARGET, results, vmap_method="broadcast_all", input_output_aliases=aliases)(
             *operands,

@@ -38,6 +38,7 @@ from ..operations.mlp import check_column_mean_square
 from ..reference import Array, TensorState
 from ..spec import Accumulates, Averages
 from . import call, gpu_operations
+from .custom_call import vary_like
 from .grouped import Grouped
 
 _FORMAT = 2  # of the attributes; csrc/xla_operations.cc refuses others
@@ -200,7 +201,7 @@ class CustomCalls:
         def varying(branch: Callable[[], Out]) -> Out:
             """Over the same mesh axes whatever the branch: over those of a call's operands, as its results do."""
             results, structure = jax.tree.flatten(branch())
-            same: Out = structure.unflatten(call.vary_like(results, inputs))
+            same: Out = structure.unflatten(vary_like(results, inputs))
             return same
 
         chosen: Out = jax.lax.platform_dependent(
@@ -262,12 +263,12 @@ class _Call:
                     aliases[len(operands)] = len(results)
                     results.append(len(operands))
                 operands.append(getattr(state, name))
-        operands = call.vary_like(operands, ())
+        operands = vary_like(operands, ())
         # The operands that results are like describe them, with the mesh axes that they vary over.
         like = [operands[i] for i in results]
         if last:
             dtype = jnp.result_type(*(p.dtype for p in tensors.params))
-            like += call.vary_like([jnp.zeros((len(tensors), last), dtype)], operands)
+            like += vary_like([jnp.zeros((len(tensors), last), dtype)], operands)
         ffi_call = jax.ffi.ffi_call(
             _target(self.operation), like, vmap_method="broadcast_all", input_output_aliases=aliases
         )

@@ -88,9 +88,6 @@ class Layout:
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[str, ...]
 
-    def zeros(self) -> list[Array]:
-        return [jnp.zeros(s, d) for s, d in zip(self.shapes, self.dtypes, strict=True)]
-
     def unflatten(self, count: Array, buffers: Sequence[Array], treedef: Any) -> LearnedOptimizerState:
         own = [None if leaf.own is None else buffers[leaf.own] for leaf in self.leaves]
         packed = dict(zip(self.packed, buffers, strict=False))

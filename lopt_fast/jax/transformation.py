@@ -18,8 +18,9 @@ from ..checkpoint import Checkpoint, load
 from ..native import arithmetic, flat_theta
 from ..reference import Array, flatten_theta
 from ..spec import Spec, SpecError, Statistics
-from . import architecture
-from .call import Choice, Step, Theta, learned_optimizer_step, resolve, vary_like
+from . import architecture, sharded
+from .call import learned_optimizer_step, resolve
+from .custom_call import Choice, Operands, Step, Theta, vary_like
 from .state import Layout, LearnedOptimizerState, layout, packed_dtypes, state_dtype_name
 from .trees import (
     Described,
@@ -175,7 +176,8 @@ def _small_fc_lopt(
     def init(params: Any) -> LearnedOptimizerState:
         described, leaves, treedef = flatten(params)
         plan = laid_out(described)
-        count, *buffers = vary_like([jnp.zeros((), jnp.int32), *plan.zeros()], leaves)
+        count, buffers = sharded.zeros(plan, leaves)
+        count, *buffers = vary_like([count, *buffers], leaves)
         return plan.unflatten(count, buffers, treedef)
 
     def advance(
@@ -191,12 +193,14 @@ def _small_fc_lopt(
         chosen = resolve(spec, dtypes, backend, state_dtype) if present else Choice((), True)
         outputs, buffers = learned_optimizer_step(
             Step(spec, plan, present, max_grad_norm is not None, apply, chosen),
-            _theta(spec, theta, sorted(set(map(arithmetic, dtypes))), chosen),
-            count,
-            scalars(learning_rate, weight_decay, max_grad_norm, count),
-            buffers,
-            [leaves[i] for i in present],
-            [found[i] for i in present],
+            Operands(
+                _theta(spec, theta, sorted(set(map(arithmetic, dtypes))), chosen),
+                count,
+                scalars(learning_rate, weight_decay, max_grad_norm, count),
+                buffers,
+                [leaves[i] for i in present],
+                [found[i] for i in present],
+            ),
         )
         result = list(leaves) if apply else [jnp.zeros_like(p) for p in leaves]  # where there is no gradient
         for i, output in zip(present, outputs, strict=True):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ..jax.call import vary_like
+from ..jax.custom_call import vary_like
 from .estimators import Estimate, Estimator, Truncation
 from .tasks.base import Data, Key, Task
 from .unroll import InnerState, MakeForLength, sampler, start, unroll, unroll_with_resets

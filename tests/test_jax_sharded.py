@@ -1,0 +1,34 @@
+"""Steps over sharded parameters, in a process with four devices."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lopt_fast import backends
+
+pytest.importorskip("jax")
+pytest.importorskip("optax")
+_module, _reason = backends._import_native()
+
+
+@pytest.mark.skipif(_module is None, reason=f"no compiled kernels: {_reason}")
+def test_on_four_devices(root: Path) -> None:
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+    environment = dict(os.environ, XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
+    file = Path(__file__).with_name("jax_on_four_devices.py")
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(file)],
+        env=environment,
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    assert "skipped" not in result.stdout
