@@ -11,12 +11,13 @@ import pytest
 
 from lopt_fast import backends
 
-pytest.importorskip("jax")
+jax = pytest.importorskip("jax")
 pytest.importorskip("optax")
 _module, _reason = backends._import_native()
 
 
 @pytest.mark.skipif(_module is None, reason=f"no compiled kernels: {_reason}")
+@pytest.mark.skipif(jax.__version_info__ < (0, 9), reason="explicit sharding is partitioned from JAX 0.9 on")
 def test_on_four_devices(root: Path) -> None:
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
     environment = dict(os.environ, XLA_FLAGS=flags, JAX_PLATFORMS="cpu")

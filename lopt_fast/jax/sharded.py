@@ -8,7 +8,6 @@ whole parameters, up to rounding. Momentum and second moment of a large paramete
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
 from collections.abc import Sequence
@@ -24,8 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ..backends import native
-from ..layout import Loops, Part, factored_dims, loops
-from ..native import Placement
+from ..layout import Loops, Part, column_shape, factored_dims, loops, row_shape
 from ..reference import CLIP_EPSILON, Array
 from .custom_call import PHASE_TARGET, Operands, Step, Theta, call, is_manual, kernel, row
 from .state import Layout, Leaf, Slot
@@ -42,7 +40,7 @@ _PHASES = ("factor_sums", "feature_sums", "apply", "finish")  # PartPhase of csr
 def step_on_cpu(step: Step, operands: Operands) -> Result:
     """`kernel` for the CPU; parameters that turn out to be sharded stay so."""
     operands = operands._replace(theta=Theta(operands.theta.flat, {}))
-    if len(jax.devices("cpu")) == 1 or is_manual(operands):
+    if not _can_be_partitioned(operands):
         return kernel(step, "cpu", operands)
 
     @jax.custom_batching.custom_vmap
@@ -58,6 +56,14 @@ def step_on_cpu(step: Step, operands: Operands) -> Result:
 
     result: Result = partitioned(operands)
     return result
+
+
+def _can_be_partitioned(operands: Operands) -> bool:
+    """Whether there are devices to partition for, and JAX can."""
+    if len(jax.devices("cpu")) == 1 or jax.__version_info__ < (0, 7) or is_manual(operands):
+        return False
+    explicit = getattr(jax.sharding.get_abstract_mesh(), "explicit_axes", ())
+    return not explicit or jax.__version_info__ >= (0, 9)
 
 
 def _partitioned(step: Step, operands: Operands) -> Result:
@@ -78,16 +84,17 @@ def _partitioned(step: Step, operands: Operands) -> Result:
         return partition(mesh, arguments, result)[2]
 
     whole: Any = custom_partitioning(partial(kernel, step, "cpu"))
-    rule = {}
-    if "sharding_rule" in inspect.signature(whole.def_partition).parameters:
-        rule = {"sharding_rule": _sharding_rule(step, operands)}
-    whole.def_partition(partition=partition, infer_sharding_from_operands=infer, **rule)
+    whole.def_partition(
+        partition=partition,
+        infer_sharding_from_operands=infer,
+        sharding_rule=_sharding_rule(step, operands),
+    )
     return whole(operands)
 
 
 def _sharding_rule(step: Step, operands: Operands) -> Any:
     """For Shardy: the axes of a parameter, its gradient, its output and its own state are sharded alike."""
-    from jax.experimental.custom_partitioning import ArrayMapping, SdyShardingRule
+    from jax.experimental.custom_partitioning import ArrayMapping, SdyShardingRule  # not before jax 0.5
 
     names = map(str, itertools.count())
     together = [[f"p{next(names)}" for _ in leaf.shape] for leaf in step.layout.leaves]
@@ -245,8 +252,8 @@ class _Local:
     @property
     def sums(self) -> int:
         """Length of its `factors`."""
-        placement = Placement(self.part.shape, tuple(range(len(self.part.shape))), part=self.part)
-        return int(placement.native_part().sums(factored=self.nest.factored))
+        whole = self.part.whole
+        return math.prod(row_shape(whole)) + math.prod(column_shape(whole)) if factored_dims(whole) else 0
 
 
 class _Sums(NamedTuple):
