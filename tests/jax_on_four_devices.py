@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lopt_fast.jax as lopt
+from lopt_fast.jax import sharded
 from lopt_fast.spec import Spec
 
 SHAPES = {
@@ -262,3 +263,30 @@ def test_wrappers_and_missing_gradients() -> None:
     found, whole = trajectory(tx, put(PARAMS, on), sharded), trajectory(tx, PARAMS, without)
     assert_same(found, whole)
     assert np.array_equal(found[-1][0]["w"], PARAMS["w"])
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "error"),
+    [
+        ("table", property(lambda leaf: [0, 0, 0, 1]), "the table of parts has the wrong size"),
+        (
+            "table",
+            property(lambda leaf: [2, 0, 1, 1, 64, 32, 64, 32]),
+            "table of parts|wrong size|the loops do not",
+        ),
+        (
+            "begin",
+            property(lambda leaf: [jnp.int32(10**6)] * max(len(leaf.cut), 1)),
+            "does not lie in the whole",
+        ),
+        ("sums", 3, "wrong size"),
+    ],
+)
+def test_handler_refuses_calls_that_do_not_fit(
+    monkeypatch: pytest.MonkeyPatch, name: str, wrong: Any, error: str
+) -> None:
+    jax.clear_caches()
+    monkeypatch.setattr(sharded._Local, name, wrong)
+    with pytest.raises(Exception, match=f"lopt_fast small_fc_phase: .*({error})"):
+        jax.block_until_ready(trajectory(optimizer(), put(PARAMS, mesh()), [put(GRADS[0], mesh())]))
+    jax.clear_caches()

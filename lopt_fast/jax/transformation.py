@@ -71,9 +71,11 @@ def learned_optimizer(
 
     It works under `jax.jit` (donate `params` and state to update in place), `jax.lax.scan`, `jax.vmap` over any of
     parameters, gradients, state, meta-parameters, hyperparameters and losses, and inside `jax.shard_map`, where
-    statistics are those of each shard. Under `jax.jit` sharded parameters give the same result as whole ones; on the CPU
-    each device updates its parts, elsewhere they are gathered for the step (docs/sharding.md). Call `init` outside of
-    `jax.jit` to have state sharded as the parameters are. Architectures other than `small_fc_lopt` have state of their own,
+    statistics are those of each shard. Under `jax.jit` sharded parameters give the same result as whole ones; on the
+    CPU each device updates its parts, elsewhere they are gathered for the step (docs/sharding.md). Call `init` outside
+    of `jax.jit` to have state sharded as the parameters are.
+
+    Architectures other than `small_fc_lopt` have state of their own,
     `ArchitectureState`. With backend="reference" XLA compiles each shape of parameter once, in about 4 seconds of a
     CPU core where there is an MLP for every parameter, and in 0.1 seconds for each parameter (100 parameters of 5
     shapes: celo 30 seconds, celo_adam 12).
