@@ -10,6 +10,8 @@ namespace {
 
 static_assert(kPartSquares == kFeatures, "core.h says how many squares there are");
 
+constexpr int32_t kMostAxes = 64;
+
 int64_t product(const int64_t* sizes, int32_t begin, int32_t end) {
   int64_t n = 1;
   for (int32_t axis = begin; axis < end; ++axis) n *= sizes[axis];
@@ -34,19 +36,20 @@ int64_t whole_elements(const TensorPart& part) { return product(part.whole, 0, p
 // axes but `without` has in the part.
 template <typename F>
 void for_each_run(const TensorPart& part, int32_t without, const F& f) {
-  std::vector<int32_t> axes;
+  int32_t axes[kMostAxes];
+  int32_t count = 0;
   for (int32_t axis = 0; axis < part.ndim; ++axis)
-    if (axis != without) axes.push_back(axis);
+    if (axis != without) axes[count++] = axis;
   int64_t place = 0, stride = 1, runs = 1, length = 1;
-  std::vector<int64_t> strides(axes.size()), at(axes.size(), 0);
-  for (size_t i = axes.size(); i-- > 0; stride *= part.whole[axes[i]]) {
+  int64_t strides[kMostAxes], at[kMostAxes] = {};
+  for (int32_t i = count; i-- > 0; stride *= part.whole[axes[i]]) {
     strides[i] = stride;
     place += stride * part.begin[axes[i]];
-    (i + 1 == axes.size() ? length : runs) *= part.sizes[axes[i]];
+    (i + 1 == count ? length : runs) *= part.sizes[axes[i]];
   }
   for (int64_t run = 0; run < runs; ++run) {
     f(place, run * length, length);
-    for (size_t i = axes.size() - 1; i-- > 0;) {
+    for (int32_t i = count - 1; i-- > 0;) {
       place += strides[i];
       if (++at[i] < part.sizes[axes[i]]) break;
       place -= strides[i] * part.sizes[axes[i]];
@@ -245,7 +248,8 @@ void check_parts(const Spec& spec, PartPhase phase, const PartTensor* tensors, i
     throw std::invalid_argument("only lagged statistics have a phase `finish`");
   for (int64_t i = 0; i < count; ++i) {
     const auto& [tensor, part, factors, squares] = tensors[i];
-    if (part.ndim < 1 || part.ndim > 64 || !part.sizes || !part.whole || !part.begin || part.copies < 1)
+    if (part.ndim < 1 || part.ndim > kMostAxes || !part.sizes || !part.whole || !part.begin ||
+        part.copies < 1)
       refuse(i, "a part needs 1 to 64 axes, and a copy");
     for (int32_t axis = 0; axis < part.ndim; ++axis)
       if (part.sizes[axis] < 0 || part.begin[axis] < 0 ||
