@@ -19,6 +19,7 @@ from ..spec import Spec, Statistics
 from . import architecture_plan
 from .architecture_plan import SHARED, ArchitecturePlan
 from .device import Memory
+from .dtensors import agreed
 from .plan import Plan, named_parameters
 from .scalars import check_norm, hyperparameters, on_host
 from .shares import MLP_VARIANTS
@@ -43,6 +44,10 @@ class LearnedOptimizer(Optimizer):
     ``momentum`` (3, *S), ``second_moment`` (1, *S), ``factored_row`` (3, *S without its largest axis),
     ``factored_column`` (3, *S without its second-largest axis; below rank 2 there is none and `factored_row` is
     (3, *S)), and for lagged statistics ``mean_squares`` (28,). Parameters may lie on several devices.
+
+    Its parameters may be DTensors on the CPU, as `torch.distributed.fsdp.fully_shard` and tensor parallelism make them:
+    the step is that of whole parameters, all processes of a mesh take it together, and the state are DTensors on that
+    mesh (docs/sharding.md).
 
     Of other architectures: those of these averages that it has, and the parameter's row of the tensor-level state.
     Empty parameters have none. The state of the whole model is the dict ``param_groups[0]["shared"]``, with ``step``,
@@ -164,8 +169,10 @@ class LearnedOptimizer(Optimizer):
 
     def _update(self, loss: Any) -> None:
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if found_inf is not None and on_host(found_inf) and float(found_inf) > 0.0:
-            return
+        if found_inf is not None:
+            found_inf = agreed(self.param_groups, found_inf)
+            if on_host(found_inf) and float(found_inf) > 0.0:
+                return
         check_norm(self.max_grad_norm)
         steps = True
         if isinstance(self.spec, Architecture):

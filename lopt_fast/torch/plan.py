@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..architectures import Architecture
 from ..native import STORAGE_TYPES, overlaps
 from ..spec import Spec
-from . import device
+from . import device, dtensors
+from .dtensors import is_dtensor
 from .scalars import Groups, Number, clip_factor, hyperparameters, moved, on_host
 from .shares import CpuShare, GpuShare, Numbers, Planned, ReferenceShare, Share, State, TritonShare
 from .state import Home, Options, checked_state, dtype_name, initial_state
@@ -41,21 +42,24 @@ def check_parameters(options: Options[Spec | Architecture], groups: Groups) -> l
         if id(p) in seen:
             raise ValueError(f"{name} is given twice: give each parameter once")
         seen.add(id(p))
-        if is_traceable_wrapper_subclass(p):
-            raise ValueError(f"{name} is a {type(p).__name__}, a tensor made of others: not supported yet")
-        if p.layout != torch.strided:
-            raise ValueError(f"{name} has layout {p.layout}: only dense tensors can be optimized")
         if dtype_name(p) not in STORAGE_TYPES:
             types = f"{', '.join(STORAGE_TYPES[:-1])} and {STORAGE_TYPES[-1]}"
             raise ValueError(f"{name} is {p.dtype}: {types} are supported so far, convert it first")
-        if overlaps(p.shape, p.stride()):
-            raise ValueError(f"{name} overlaps itself in memory (strides {p.stride()}): use p.clone()")
-        if p.is_neg():
+        if is_dtensor(p):
+            dtensors.check_dtensor(options.spec, options.backend, name, p)
+        here = dtensors.local(p) if is_dtensor(p) else p
+        if is_traceable_wrapper_subclass(here):
+            raise ValueError(f"{name} is a {type(here).__name__}, a tensor made of others: not supported yet")
+        if here.layout != torch.strided:
+            raise ValueError(f"{name} has layout {here.layout}: only dense tensors can be optimized")
+        if overlaps(here.shape, here.stride()):
+            raise ValueError(f"{name} overlaps itself in memory (strides {here.stride()}): use p.clone()")
+        if here.is_neg():
             raise ValueError(f"{name} is a lazily negated view: use p.resolve_neg()")
         found.append((group, name, p, Home.of(options, name, p)))
-        extent = sum((n - 1) * stride for n, stride in zip(p.shape, p.stride(), strict=True)) + 1
-        if p.device.type in ("cpu", "cuda") and p.data_ptr() and extent == p.numel():
-            memory.append((p.data_ptr(), p.data_ptr() + extent * p.element_size(), name))
+        extent = sum((n - 1) * stride for n, stride in zip(here.shape, here.stride(), strict=True)) + 1
+        if p.device.type in ("cpu", "cuda") and here.data_ptr() and extent == here.numel():
+            memory.append((here.data_ptr(), here.data_ptr() + extent * p.element_size(), name))
     for (_, end, one), (begin, _, other) in pairwise(sorted(memory)):
         if begin < end:
             raise ValueError(f"{other} and {one} share memory: give one of them, or clone the other")
@@ -70,7 +74,10 @@ def check_gradient(name: str, p: torch.Tensor) -> None:
         raise ValueError(
             f"the gradient of {name} is sparse ({g.layout}): make it dense, p.grad = p.grad.to_dense()"
         )
-    if is_traceable_wrapper_subclass(g):
+    if is_dtensor(p):
+        dtensors.check_dgradient(name, p)
+    p_here, g_here = (dtensors.local(p), dtensors.local(g)) if is_dtensor(p) else (p, g)
+    if is_traceable_wrapper_subclass(g_here):
         raise ValueError(
             f"the gradient of {name} is a {type(g).__name__}, a tensor made of others: not supported yet"
         )
@@ -81,7 +88,7 @@ def check_gradient(name: str, p: torch.Tensor) -> None:
     ):
         if found != expected:
             raise ValueError(f"the gradient of {name} has {what} {found}, the parameter {expected}")
-    if p.numel() and p.device.type in ("cpu", "cuda") and (g.data_ptr() == 0 or p.data_ptr() == 0):
+    if p.device.type in ("cpu", "cuda") and not (dtensors.has_memory(p_here) and dtensors.has_memory(g_here)):
         raise ValueError(
             f"{name} or its gradient has no memory (a fake tensor, or one whose storage was freed)"
         )
@@ -133,8 +140,14 @@ class Plan:
             elif backend in device.KERNELS:
                 self._shares.append(GpuShare(options, memory, everything, state, backend, where))
         backends = {home.backend for _, _, _, home in everything}
-        if "cpu" in backends:
+        if any(home.backend == "cpu" and not is_dtensor(p) for _, _, p, home in everything):
             self._shares.append(CpuShare(options, memory, everything, state))
+        self._sharded = None
+        if any(is_dtensor(p) for _, _, p, _ in everything):
+            from .sharded import ShardedShare  # not at the top: it imports torch.distributed.tensor
+
+            self._sharded = ShardedShare(options, memory, everything, state)
+            self._shares.append(self._sharded)
         self._has_reference = "reference" in backends
         if self._has_reference:
             self._shares.append(ReferenceShare(options, memory, everything, state))
@@ -193,8 +206,9 @@ class Plan:
                 if not share.begin(lists, state):
                     return False
                 begun.append(share)
-            if max_grad_norm is not None and (len(begun) > 1 or self._has_reference):
-                numbers = _clipped(groups, numbers, max_grad_norm, host)
+            if max_grad_norm is not None and (len(begun) > 1 or self._has_reference or self._sharded):
+                squares = self._sharded.gradient_squares() if self._sharded else 0.0
+                numbers = _clipped(groups, numbers, max_grad_norm, host, squares)
             for share in begun:
                 updated += share.run(numbers)
         finally:
@@ -205,13 +219,17 @@ class Plan:
         return True
 
 
-def _clipped(groups: Groups, numbers: Numbers, max_grad_norm: float, host: bool) -> Numbers:
-    """Clipping as a part of `grad_scale`: each share sees only its own gradients, the norm is that of all."""
-    gradients = [p.grad for _, _, p in named_parameters(groups) if p.grad is not None]
-    if not gradients:
+def _clipped(groups: Groups, numbers: Numbers, max_grad_norm: float, host: bool, squares: float) -> Numbers:
+    """Clipping as a part of `grad_scale`: each share sees only its own gradients, the norm is that of all.
+
+    squares: sum of the squares of all gradients that are DTensors.
+    """
+    parameters = [p for _, _, p in named_parameters(groups) if p.grad is not None]
+    if not parameters:
         return numbers
+    gradients = [p.grad for p in parameters if not is_dtensor(p)]
     scale: Number = 1.0 / numbers.grad_scale if numbers.divide else numbers.grad_scale
-    factor = clip_factor(gradients, scale, max_grad_norm)
+    factor = clip_factor(gradients, scale, max_grad_norm, squares)
     if isinstance(factor, torch.Tensor):
         factor, scale = (float(factor), scale) if host else (factor, moved(scale, factor.device))
     return replace(numbers, grad_scale=scale * factor, divide=False, max_grad_norm=None)

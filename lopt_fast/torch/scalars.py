@@ -77,9 +77,15 @@ def moved(value: Number, device: torch.device) -> Number:
     return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
 
 
-def clip_factor(gradients: Sequence[torch.Tensor], grad_scale: Number, max_grad_norm: float) -> Number:
+def clip_factor(
+    gradients: Sequence[torch.Tensor],
+    grad_scale: Number,
+    max_grad_norm: float,
+    more_squares: float = 0.0,
+) -> Number:
     """min(1, max_grad_norm / (norm + 1e-6)) of the norm of all gradients together, NaN if that is NaN.
 
+    more_squares: sum of the squares of further gradients.
     Gradients may lie on several devices. Where one is not on the host the result is a tensor, on the device of the
     first of these, and the host does not wait for it.
     """
@@ -90,10 +96,10 @@ def clip_factor(gradients: Sequence[torch.Tensor], grad_scale: Number, max_grad_
     sums = [torch.stack(values).sum() for values in squares.values()]
     elsewhere = [s for s in sums if not on_host(s)]
     if not elsewhere and on_host(grad_scale):
-        norm = abs(float(grad_scale)) * math.sqrt(sum(s.item() for s in sums))
+        norm = abs(float(grad_scale)) * math.sqrt(more_squares + sum(s.item() for s in sums))
         factor = max_grad_norm / (norm + CLIP_EPSILON)
         return 1.0 if factor >= 1.0 else factor
     device = elsewhere[0].device if elsewhere else grad_scale.device  # type: ignore[union-attr]
-    total = torch.stack([s.to(device, non_blocking=True) for s in sums]).sum().sqrt()
+    total = (torch.stack([s.to(device, non_blocking=True) for s in sums]).sum() + more_squares).sqrt()
     quotient = max_grad_norm / (total * abs(moved(grad_scale, device)) + CLIP_EPSILON)
     return torch.where(quotient >= 1.0, torch.ones_like(quotient), quotient)

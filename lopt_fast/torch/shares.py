@@ -17,6 +17,7 @@ from ..backends import BackendError, native
 from ..native import arithmetic, flat_theta, kernel_spec
 from ..spec import Spec
 from . import device
+from .dtensors import is_dtensor
 from .scalars import Number, moved
 from .state import Home, Options, dtype_name
 
@@ -103,7 +104,7 @@ def _exchange() -> dict[str, Any]:
 
 
 class CpuShare(Share):
-    """The CPU kernels."""
+    """The CPU kernels, on what this process alone holds."""
 
     on_host = True
 
@@ -118,7 +119,7 @@ class CpuShare(Share):
             state=state,
             **_exchange(),
         )
-        _fill(self.native, everything, lambda planned: planned[3].backend == "cpu", state)
+        _fill(self.native, everything, lambda p: p[3].backend == "cpu" and not is_dtensor(p[2]), state)
 
     def run(self, numbers: Numbers) -> list[torch.Tensor]:
         updated: list[torch.Tensor] = self.native.run(

@@ -12,6 +12,7 @@ from ..architectures import Architecture
 from ..backends import BackendError, choose
 from ..native import Placement, arithmetic
 from ..spec import Accumulates, Spec
+from . import dtensors
 from .operations import operations_backend
 
 Layout: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
@@ -82,10 +83,13 @@ class Home:
         return cls(backend, False, dtype, dtype)
 
     def placement(self, p: torch.Tensor) -> Placement:
+        """Of what this process holds of `p`."""
+        if dtensors.is_dtensor(p):
+            return dtensors.placement(p)
         return Placement.of(p.shape, p.stride(), self.on_gpu)
 
     def layouts(self, spec: Accumulates, p: torch.Tensor) -> dict[str, Layout]:
-        """Of each accumulator of `p`."""
+        """Of each accumulator of `p`, as far as this process holds it."""
         averages = ("momentum", "second_moment")
         return {
             key: (shape, strides, self.averages if key in averages else self.sums)
@@ -108,7 +112,8 @@ def initial_state(spec: Spec, home: Home, p: torch.Tensor) -> dict[str, Any]:
         key: torch.empty_strided(shape, strides, dtype=dtype, device=p.device).zero_()
         for key, (shape, strides, dtype) in home.layouts(spec, p).items()
     }
-    return {"step": torch.zeros((), dtype=torch.int64, device=home.step_device(p)), **zeros}
+    arrays = dtensors.as_state(spec, p, zeros) if dtensors.is_dtensor(p) else zeros
+    return {"step": torch.zeros((), dtype=torch.int64, device=home.step_device(p)), **arrays}
 
 
 def checked_state(
@@ -126,7 +131,15 @@ def checked_state(
     what = f"state of {name}"
     check_keys(what, expected, state, hint)
     step = checked_step(what, state["step"], home.step_device(p), copy)
-    return {"step": step, **checked_arrays(what, layouts, p.device, state, copy)}
+    if not dtensors.is_dtensor(p):
+        return {"step": step, **checked_arrays(what, layouts, p.device, state, copy)}
+    parts = dtensors.parts_of_state(what, spec, p, state)
+    checked = checked_arrays(what, layouts, p.device, parts, copy)
+    arrays = dtensors.as_state(spec, p, checked)
+    for key in arrays:
+        if dtensors.is_dtensor(state[key]) and checked[key] is parts[key]:
+            arrays[key] = state[key]
+    return {"step": step, **arrays}
 
 
 def check_keys(what: str, expected: Iterable[str], state: Mapping[str, Any], hint: str) -> None:
@@ -159,7 +172,7 @@ def checked_arrays(
 def _misfit(value: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str | None:
     """None if numbers of this shape, and of a kind that `dtype` can hold, can be copied from it to `device`; else what
     it is."""
-    if not isinstance(value, torch.Tensor):
+    if not isinstance(value, torch.Tensor) or dtensors.is_dtensor(value):
         return type(value).__name__
     if (
         not _readable(value, device)
