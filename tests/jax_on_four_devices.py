@@ -64,7 +64,8 @@ def trajectory(tx: Any, params: Any, grads: list[Any], state: Any = None, way: s
     step = jax.jit((lambda p, s, g: tx.step(g, s, p)) if way == "step" else by_update)
     found, state = [], tx.init(params) if state is None else state
     for g in grads:
-        params, state = step(params, state, g)
+        # Devices of a CPU share threads: XLA's collectives may wait for each other for ever where steps overlap.
+        params, state = jax.block_until_ready(step(params, state, g))
         found.append((params, state))
     return found
 
