@@ -77,6 +77,11 @@ class Leaf:
     def size(self) -> int:
         return math.prod(self.shape)
 
+    def own_rows(self, slot: Slot) -> slice:
+        """Of its own buffer, (decays, *shape); flattened, XLA would gather it where it is sharded."""
+        first = slot.offset // self.size
+        return slice(first, first + slot.shape[0])
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -129,6 +134,8 @@ def take(buffers: Sequence[Array], leaf: Leaf) -> TensorState:
     def get(slot: Slot) -> Array:
         if slot.size == 0:
             return jnp.zeros(slot.shape, leaf.arithmetic)
+        if slot.buffer == leaf.own:
+            return buffers[slot.buffer][leaf.own_rows(slot)]
         flat = jnp.reshape(buffers[slot.buffer], (-1,))
         return jnp.reshape(flat[slot.offset : slot.offset + slot.size], slot.shape)
 
@@ -138,7 +145,9 @@ def take(buffers: Sequence[Array], leaf: Leaf) -> TensorState:
 def put(buffers: list[Array], leaf: Leaf, state: TensorState) -> None:
     """Replace the accumulators of one parameter in the list of buffers."""
     for slot, value in zip(leaf.slots, state, strict=True):
-        if slot.size:
+        if slot.size and slot.buffer == leaf.own:
+            buffers[slot.buffer] = buffers[slot.buffer].at[leaf.own_rows(slot)].set(value)
+        elif slot.size:
             whole, part = buffers[slot.buffer], slice(slot.offset, slot.offset + slot.size)
             flat = jnp.reshape(whole, (-1,)).at[part].set(jnp.reshape(value, (-1,)))
             buffers[slot.buffer] = jnp.reshape(flat, whole.shape)
