@@ -50,6 +50,7 @@ const char* copy(void* to, const void* from, size_t bytes, void* stream) {
 const char* current(int32_t* ordinal) { return text_of(cudaGetDevice(ordinal)); }
 
 const char* launch(const GpuLaunch& launch, void* stream) {
+  if (is_of_parts(launch.kind)) return launch_parts(launch, stream);
   switch (launch.width) {
     case 2:
       return launch_width_2(launch, stream);

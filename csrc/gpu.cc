@@ -1,6 +1,4 @@
 // The driver of a step on a GPU: checks, tiles, scratch memory, tables, and the order of the work items.
-#include "csrc/gpu.h"
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -9,20 +7,15 @@
 #include <string>
 #include <vector>
 
-#include "kernels/small_fc_lopt/gpu.h"
+#include "csrc/gpu_driver.h"
 
 namespace lopt {
+namespace gpu {
 namespace {
-
-constexpr int64_t kMost = 0x7fffffff;
 
 int64_t elements(const Loops& l) { return l.batch0 * l.x * l.batch1 * l.y * l.batch2; }
 
 // ---- checks ----
-
-[[noreturn]] void refuse(int64_t index, const std::string& why) {
-  throw std::invalid_argument("tensor " + std::to_string(index) + ": " + why);
-}
 
 void check_scalar(const DeviceScalar& s, const std::string& name) {
   if (s.device && (int32_t(s.type) < 0 || int32_t(s.type) >= kHostScalar))
@@ -30,6 +23,12 @@ void check_scalar(const DeviceScalar& s, const std::string& name) {
 }
 
 bool known(Storage s) { return int32_t(s) >= 0 && int32_t(s) <= int32_t(Storage::float16); }
+
+}  // namespace
+
+void refuse(int64_t index, const std::string& why) {
+  throw std::invalid_argument("tensor " + std::to_string(index) + ": " + why);
+}
 
 void check(const GpuStep& step) {
   const Spec& spec = step.spec;
@@ -68,6 +67,8 @@ void check(const GpuStep& step) {
 }
 
 // ---- tensors ----
+
+namespace {
 
 Scalar scalar_of(const DeviceScalar& s, uint8_t* type) {
   Scalar out = {0};
@@ -129,6 +130,8 @@ void cut(TensorRecord& r) {
 bool aligned(const void* p, size_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 size_t size_of(Storage s) { return s == Storage::float32 ? 4 : 2; }
 
+}  // namespace
+
 TensorRecord record_of(const GpuTensor& t) {
   TensorRecord r = {};
   const Loops& l = t.loops;
@@ -161,8 +164,7 @@ TensorRecord record_of(const GpuTensor& t) {
 
 // ---- scratch: clip factors, clip sums, items done, tickets, then each tensor's own ----
 
-constexpr int64_t kAlign = 256;
-int64_t align(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
+namespace {
 
 struct Layout {
   int64_t clip_factors, clip_sums, counters, counter_bytes, tensors, size;
@@ -186,6 +188,8 @@ bool has_matmul(int32_t capability, int64_t width) {
   return capability >= 80 && !(small && width > 32);
 }
 
+}  // namespace
+
 MlpVariant variant_of(const GpuStep& step, const GpuProperties& properties) {
   const int64_t width = power_above(step.spec.hidden_size);
   const bool can = has_matmul(properties.compute_capability, width);
@@ -198,10 +202,12 @@ MlpVariant variant_of(const GpuStep& step, const GpuProperties& properties) {
   return step.variant;
 }
 
-// Units computed: tensor cores take eight at a time.
+// Tensor cores take eight units at a time.
 int32_t width_of(const Spec& spec, bool matmul) {
   return std::max(int32_t(power_above(spec.hidden_size)), matmul ? 8 : 2);
 }
+
+namespace {
 
 Work prepare(const GpuStep& step, int32_t width) {
   Work w;
@@ -241,7 +247,8 @@ struct Chunk {
   int32_t begin, end;
 };
 
-// Whether there is room for it.
+}  // namespace
+
 bool add_span(GpuLaunch& launch, int32_t tensor, int32_t phase) {
   const int32_t items = items_of(launch.records[tensor], phase, launch.step.lagged);
   if (!items) return true;
@@ -262,6 +269,8 @@ bool add_span(GpuLaunch& launch, int32_t tensor, int32_t phase) {
   launch.spans += 1;
   return true;
 }
+
+namespace {
 
 int64_t item_count(const TensorRecord& r, bool lagged) {
   int64_t items = 0;
@@ -313,44 +322,29 @@ std::vector<Chunk> chunks_of(const GpuLaunch& launch, int64_t l2_bytes) {
   return chunks;
 }
 
-void run(const GpuDevice& device, const GpuLaunch& launch, void* stream) {
-  if (const char* error = device.launch(launch, stream))
-    throw std::runtime_error(std::string(device.name) + ": " + error);
-}
-
 }  // namespace
 
-int64_t gpu_scratch_bytes(const GpuStep& step) {
-  check(step);
-  return prepare(step, width_of(step.spec, true)).at.size;  // enough for every variant
+void require_ok(const GpuDevice& device, const char* error) {
+  if (error) throw std::runtime_error(std::string(device.name) + ": " + error);
 }
 
-void gpu_step(const GpuStep& step, const GpuDevice& device, int32_t ordinal, void* scratch, void* stream) {
-  check(step);
+GpuProperties open_device(const GpuDevice& device, int32_t ordinal, const void* scratch) {
   if (device.abi != kGpuAbi)
     throw std::runtime_error(std::string(device.name) +
                              " was built for another version: reinstall lopt_fast");
-  if (step.count == 0) return;
   if (!scratch || !aligned(scratch, kAlign))
     throw std::invalid_argument("scratch is null or not aligned to 256 bytes");
   GpuProperties properties = {};
-  if (const char* error = device.properties(ordinal, &properties))
-    throw std::runtime_error(std::string(device.name) + ": " + error);
-  const MlpVariant variant = variant_of(step, properties);
-  Work work = prepare(step, width_of(step.spec, variant != MlpVariant::elementwise));
-  char* const base = static_cast<char*>(scratch);
-  // Some phases alone come after a whole step: what they need is done.
-  const char* const cleared =
-      step.phases ? nullptr : device.clear(base + work.at.counters, size_t(work.at.counter_bytes), stream);
-  if (const char* error = cleared) throw std::runtime_error(std::string(device.name) + ": " + error);
+  require_ok(device, device.properties(ordinal, &properties));
+  return properties;
+}
 
-  const std::unique_ptr<GpuLaunch> memory(new GpuLaunch());
-  GpuLaunch& launch = *memory;
+void open_launch(GpuLaunch& launch, const GpuStep& step, MlpVariant variant) {
   const Spec& spec = step.spec;
-  launch.width = work.width;
+  launch.width = width_of(spec, variant != MlpVariant::elementwise);
+  launch.variant = variant;
   launch.step.hidden_size = spec.hidden_size;
   launch.step.hidden_layers = spec.hidden_layers;
-  launch.variant = variant;
   launch.step.lagged = spec.lagged;
   launch.step.parameter_rms = spec.parameter_rms;
   launch.step.divide = step.divide;
@@ -361,6 +355,31 @@ void gpu_step(const GpuStep& step, const GpuDevice& device, int32_t ordinal, voi
   launch.step.exp_mult = spec.exp_mult;
   launch.step.scale_epsilon = spec.scale_epsilon;
   launch.step.found_inf = step.found_inf;
+}
+
+}  // namespace gpu
+
+using namespace gpu;
+
+int64_t gpu_scratch_bytes(const GpuStep& step) {
+  check(step);
+  return prepare(step, width_of(step.spec, true)).at.size;  // enough for every variant
+}
+
+void gpu_step(const GpuStep& step, const GpuDevice& device, int32_t ordinal, void* scratch, void* stream) {
+  check(step);
+  if (step.count == 0) return;
+  const GpuProperties properties = open_device(device, ordinal, scratch);
+  const std::unique_ptr<GpuLaunch> memory(new GpuLaunch());
+  GpuLaunch& launch = *memory;
+  open_launch(launch, step, variant_of(step, properties));
+  Work work = prepare(step, launch.width);
+  char* const base = static_cast<char*>(scratch);
+  // Some phases alone come after a whole step: what they need is done.
+  if (!step.phases)
+    require_ok(device, device.clear(base + work.at.counters, size_t(work.at.counter_bytes), stream));
+  const Spec& spec = step.spec;
+  const auto run = [&] { require_ok(device, device.launch(launch, stream)); };
   launch.step.scratch = reinterpret_cast<float*>(base + work.at.tensors);
   launch.step.clip_sums = reinterpret_cast<double*>(base + work.at.clip_sums);
   launch.step.clip_factors = reinterpret_cast<double*>(base + work.at.clip_factors);
@@ -379,7 +398,7 @@ void gpu_step(const GpuStep& step, const GpuDevice& device, int32_t ordinal, voi
     if (first == last) return;
     launch.first_item = int32_t(first);
     launch.last_item = int32_t(last);
-    run(device, launch, stream);
+    run();
   };
 
   if (!work.groups.empty() && work.groups.back() > 0) {
@@ -396,13 +415,14 @@ void gpu_step(const GpuStep& step, const GpuDevice& device, int32_t ordinal, voi
       for (int32_t i = 0; i < launch.tensors; ++i) {
         const int32_t g = begin + i;
         ClipRecord& record = launch.groups[i];
+        uint8_t type;
         record.max_norm = scalar_of(step.max_norms[g], &type);
         record.type = type;
         record.group = g;
         record.begin = g ? work.groups[size_t(g) - 1] : 0;
         record.end = work.groups[size_t(g)];
       }
-      run(device, launch, stream);
+      run();
     }
   }
 
@@ -441,7 +461,7 @@ void gpu_step(const GpuStep& step, const GpuDevice& device, int32_t ordinal, voi
   for (int32_t begin = 0; begin < count; begin += kTableTensors) {
     open(begin, std::min(count, begin + kTableTensors));
     const auto counts = [](const TensorRecord& r) { return r.step != nullptr; };
-    if (std::any_of(launch.records, launch.records + launch.tensors, counts)) run(device, launch, stream);
+    if (std::any_of(launch.records, launch.records + launch.tensors, counts)) run();
   }
 }
 

@@ -84,7 +84,7 @@ struct OperationLaunch;  // kernels/common/gpu_operations.h
 
 // What a module that can launch the kernels offers. Functions return null, or what went wrong (a static
 // string).
-constexpr int32_t kGpuAbi = 3;
+constexpr int32_t kGpuAbi = 4;
 struct GpuDevice {
   int32_t abi;  // kGpuAbi
   const char* name;
@@ -104,6 +104,34 @@ int64_t gpu_scratch_bytes(const GpuStep& step);
 // for it. Throws std::invalid_argument before anything is enqueued if a value is out of range,
 // std::runtime_error if a launch fails.
 void gpu_step(const GpuStep& step, const GpuDevice& device, int32_t ordinal, void* scratch, void* stream);
+
+// ---- a step over parts of tensors: the phases of csrc/core.h ----
+
+// `tensor` describes the part as PartTensor::tensor does; it counts no steps and is in no clip group.
+struct GpuPartTensor {
+  GpuTensor tensor;
+  TensorPart part;       // without `begin`:
+  const int32_t* begin;  // (ndim), on the device; what does not lie in the whole is not noticed
+};
+
+struct GpuPartStep {
+  Spec spec;
+  const GpuPartTensor* tensors;
+  int64_t count;
+  float* factors;           // on the device: those of all tensors, one after the other (part_sums)
+  float* squares;           // (count, kPartSquares), likewise
+  DeviceScalar grad_scale;  // gradients are multiplied by it
+  MlpVariant variant;
+};
+
+// As gpu_scratch_bytes, for any phase. Nothing in the scratch memory is kept from phase to phase.
+int64_t gpu_phase_scratch_bytes(const GpuPartStep& step);
+
+// Enqueues one phase, as gpu_step does a step. `feature_sums` moves copies of the row and column
+// accumulators, `apply` the accumulators themselves. Lagged: `factor_sums` and `feature_sums` give zeros in
+// all steps but the first, and `finish` moves nothing in the first, where `apply` has.
+void gpu_phase(const GpuPartStep& step, PartPhase phase, const GpuDevice& device, int32_t ordinal,
+               void* scratch, void* stream);
 
 const GpuDevice& gpu_emulator();
 

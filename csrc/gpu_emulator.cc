@@ -9,6 +9,7 @@
 #include "csrc/emulated_block.h"
 #include "csrc/gpu_operations.h"
 #include "kernels/small_fc_lopt/gpu_matmul.h"
+#include "kernels/small_fc_lopt/gpu_parts.h"
 
 namespace lopt {
 namespace {
@@ -25,8 +26,9 @@ const char* clear(void* memory, size_t bytes, void*) {
   return nullptr;
 }
 
-// Whether all items that an item needs are done.
+// Whether all items that an item needs are done, as far as it is counted.
 bool ready(const GpuLaunch& launch, const WorkItem& item) {
+  if (!launch.step.done) return true;
   const TensorRecord& r = launch.records[item.tensor];
   for (int32_t phase = kFactorSums; phase < item.phase; ++phase)
     if (launch.step.done[item.tensor * kPhases + phase] < items_of(r, phase, launch.step.lagged))
@@ -83,7 +85,7 @@ const char* run_item(const GpuLaunch& launch, const WorkItem& item) {
     else
       error = run(shared_memory<MatmulShared<H, true>>(), run_matmul<H, true>);
   }
-  launch.step.done[item.tensor * kPhases + item.phase] += 1;
+  if (launch.step.done) launch.step.done[item.tensor * kPhases + item.phase] += 1;
   return error;
 }
 
@@ -138,10 +140,20 @@ const char* run(const GpuLaunch& launch) {
   return nullptr;
 }
 
+const char* run_parts(const GpuLaunch& launch) {
+  const auto shared = shared_memory<PartShared>();
+  for (int32_t i = 0; i < launch.parts.blocks; ++i) {
+    const auto kernel = [&](HostBlock& block) { part_block(block, *shared, launch, i); };
+    if (const char* error = run_threads(settings.thread_seed, kernel)) return error;
+  }
+  return nullptr;
+}
+
 const char* launch(const GpuLaunch& original, void*) {
   // A kernel sees a copy of its arguments.
   const std::unique_ptr<GpuLaunch> copy(new GpuLaunch(original));
   settings.launches += 1;
+  if (is_of_parts(copy->kind)) return run_parts(*copy);
   switch (copy->width) {
     case 2:
       return run<2>(*copy);

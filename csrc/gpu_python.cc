@@ -11,6 +11,7 @@
 
 #include "csrc/gpu.h"
 #include "csrc/gpu_emulator.h"
+#include "csrc/parts_python.h"
 #include "kernels/small_fc_lopt/gpu.h"
 
 namespace py = pybind11;
@@ -146,6 +147,46 @@ void step_on(const py::capsule& device, const Spec& spec, const std::vector<GpuT
   gpu_step(step, *gpu, ordinal, pointer(scratch), pointer(stream));
 }
 
+std::vector<GpuPartTensor> part_tensors_of(const std::vector<GpuTensor*>& tensors,
+                                           const std::vector<OwnedPart*>& parts,
+                                           const std::vector<uintptr_t>& begins) {
+  if (parts.size() != tensors.size() || begins.size() != tensors.size())
+    throw std::invalid_argument("each tensor needs its part, and where that begins");
+  std::vector<GpuPartTensor> found;
+  for (size_t i = 0; i < tensors.size(); ++i)
+    found.push_back({*tensors[i], parts[i]->view(), static_cast<const int32_t*>(pointer(begins[i]))});
+  return found;
+}
+
+int64_t phase_scratch_bytes(const Spec& spec, const std::vector<GpuTensor*>& tensors,
+                            const std::vector<OwnedPart*>& parts, const std::vector<uintptr_t>& begins) {
+  const std::vector<GpuPartTensor> all = part_tensors_of(tensors, parts, begins);
+  float somewhere = 0;
+  const GpuPartStep step = {spec, all.data(), int64_t(all.size()), &somewhere, &somewhere, {}, {}};
+  return gpu_phase_scratch_bytes(step);
+}
+
+// `begins`: addresses of int32 on the device; `factors`, `squares`: of float32.
+void phase_on(const py::capsule& device, const Spec& spec, const std::string& phase,
+              const std::vector<GpuTensor*>& tensors, const std::vector<OwnedPart*>& parts,
+              const std::vector<uintptr_t>& begins, uintptr_t factors, uintptr_t squares,
+              const py::object& grad_scale, const std::string& variant, int32_t ordinal, uintptr_t scratch,
+              uintptr_t stream) {
+  const auto* gpu = static_cast<const GpuDevice*>(PyCapsule_GetPointer(device.ptr(), kGpuDeviceCapsule));
+  if (!gpu) throw py::error_already_set();
+  const std::vector<GpuPartTensor> all = part_tensors_of(tensors, parts, begins);
+  const GpuPartStep step = {spec,
+                            all.data(),
+                            int64_t(all.size()),
+                            static_cast<float*>(pointer(factors)),
+                            static_cast<float*>(pointer(squares)),
+                            scalar_of(grad_scale),
+                            variant_of(variant)};
+  const PartPhase chosen = part_phase_of(phase);
+  py::gil_scoped_release release;
+  gpu_phase(step, chosen, *gpu, ordinal, pointer(scratch), pointer(stream));
+}
+
 py::dict set_emulator(int32_t multiprocessors, int64_t l2_bytes, int32_t compute_capability, uint64_t seed,
                       uint64_t thread_seed) {
   if (multiprocessors < 1) throw std::invalid_argument("multiprocessors must be positive");
@@ -183,6 +224,12 @@ void bind_gpu(py::module_& m) {
         py::arg("max_norms") = py::tuple(), py::arg("grad_scale") = 1.0, py::arg("divide") = false,
         py::arg("found_inf") = 0, py::arg("variant") = "automatic", py::arg("schedule") = "automatic",
         py::arg("phases") = py::list(), py::arg("ordinal") = 0, py::arg("scratch"), py::arg("stream") = 0);
+  m.def("gpu_phase_scratch_bytes", &phase_scratch_bytes, py::arg("spec"), py::arg("tensors"),
+        py::arg("parts"), py::arg("begins"));
+  m.def("gpu_phase", &phase_on, py::arg("device"), py::kw_only(), py::arg("spec"), py::arg("phase"),
+        py::arg("tensors"), py::arg("parts"), py::arg("begins"), py::arg("factors"), py::arg("squares"),
+        py::arg("grad_scale") = 1.0, py::arg("variant") = "automatic", py::arg("ordinal") = 0,
+        py::arg("scratch"), py::arg("stream") = 0);
 }
 
 }  // namespace lopt

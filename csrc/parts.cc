@@ -1,4 +1,6 @@
 // Steps over parts of tensors: the phases of csrc/core.h.
+#include "csrc/parts.h"
+
 #include <algorithm>
 #include <stdexcept>
 #include <vector>
@@ -17,20 +19,6 @@ int64_t product(const int64_t* sizes, int32_t begin, int32_t end) {
   for (int32_t axis = begin; axis < end; ++axis) n *= sizes[axis];
   return n;
 }
-
-// Axes of these sizes, merged as lopt_fast.layout.Loops does.
-Loops loops_of(const TensorPart& part, const int64_t* sizes, const Loops& like) {
-  if (!like.factored) return {1, 1, 1, product(sizes, 0, part.ndim), 1, like.x_is_row, false};
-  return {product(sizes, 0, part.x_axis),
-          sizes[part.x_axis],
-          product(sizes, part.x_axis + 1, part.y_axis),
-          sizes[part.y_axis],
-          product(sizes, part.y_axis + 1, part.ndim),
-          like.x_is_row,
-          true};
-}
-
-int64_t whole_elements(const TensorPart& part) { return product(part.whole, 0, part.ndim); }
 
 // Calls f(place in the whole, place in the part, length) for the runs of elements that a vector along all
 // axes but `without` has in the part.
@@ -243,34 +231,55 @@ size_t bytes_of(const Spec& spec, const PartTensor& tensor) {
 }
 
 void check_parts(const Spec& spec, PartPhase phase, const PartTensor* tensors, int64_t count) {
-  if (int32_t(phase) < 0 || phase > PartPhase::finish) throw std::invalid_argument("unknown phase of a step");
-  if (phase == PartPhase::finish && !spec.lagged)
-    throw std::invalid_argument("only lagged statistics have a phase `finish`");
+  check_phase(spec, phase);
   for (int64_t i = 0; i < count; ++i) {
     const auto& [tensor, part, factors, squares] = tensors[i];
-    if (part.ndim < 1 || part.ndim > kMostAxes || !part.sizes || !part.whole || !part.begin ||
-        part.copies < 1)
-      refuse(i, "a part needs 1 to 64 axes, and a copy");
-    for (int32_t axis = 0; axis < part.ndim; ++axis)
-      if (part.sizes[axis] < 0 || part.begin[axis] < 0 ||
-          part.begin[axis] > part.whole[axis] - part.sizes[axis])
-        refuse(i, "the part does not lie in the whole");
-    const Loops& l = tensor.loops;
-    if (l.factored && !(0 <= part.x_axis && part.x_axis < part.y_axis && part.y_axis < part.ndim))
-      refuse(i, "the part has no such factored axes");
-    const Loops own = loops_of(part, part.sizes, l);
-    if (own.batch0 != l.batch0 || own.x != l.x || own.batch1 != l.batch1 || own.y != l.y ||
-        own.batch2 != l.batch2)
-      refuse(i, "the loops do not agree with the part");
+    if (!part.begin) refuse(i, "a part needs a begin");
+    check_part(i, part, tensor.loops);
     if (tensor.clip_group >= 0) refuse(i, "a part is in no clip group");
     if (whole_elements(part) == 0) continue;
-    if (!factors || !squares || (l.factored && (!tensor.row || !tensor.column)) ||
+    if (!squares || (tensor.loops.factored && (!factors || !tensor.row || !tensor.column)) ||
         (spec.lagged && !tensor.mean_squares))
       refuse(i, "a pointer is null");
   }
 }
 
 }  // namespace
+
+int64_t whole_elements(const TensorPart& part) { return product(part.whole, 0, part.ndim); }
+
+Loops loops_of(const TensorPart& part, const int64_t* sizes, const Loops& like) {
+  if (!like.factored) return {1, 1, 1, product(sizes, 0, part.ndim), 1, like.x_is_row, false};
+  return {product(sizes, 0, part.x_axis),
+          sizes[part.x_axis],
+          product(sizes, part.x_axis + 1, part.y_axis),
+          sizes[part.y_axis],
+          product(sizes, part.y_axis + 1, part.ndim),
+          like.x_is_row,
+          true};
+}
+
+void check_part(int64_t index, const TensorPart& part, const Loops& l) {
+  if (part.ndim < 1 || part.ndim > kMostAxes || !part.sizes || !part.whole || part.copies < 1)
+    refuse(index, "a part needs 1 to 64 axes, and a copy");
+  for (int32_t axis = 0; axis < part.ndim; ++axis) {
+    const int64_t size = part.sizes[axis], begin = part.begin ? part.begin[axis] : 0;
+    if (size < 0 || begin < 0 || begin > part.whole[axis] - size)
+      refuse(index, "the part does not lie in the whole");
+  }
+  if (l.factored && !(0 <= part.x_axis && part.x_axis < part.y_axis && part.y_axis < part.ndim))
+    refuse(index, "the part has no such factored axes");
+  const Loops own = loops_of(part, part.sizes, l);
+  if (own.batch0 != l.batch0 || own.x != l.x || own.batch1 != l.batch1 || own.y != l.y ||
+      own.batch2 != l.batch2)
+    refuse(index, "the loops do not agree with the part");
+}
+
+void check_phase(const Spec& spec, PartPhase phase) {
+  if (int32_t(phase) < 0 || phase > PartPhase::finish) throw std::invalid_argument("unknown phase of a step");
+  if (phase == PartPhase::finish && !spec.lagged)
+    throw std::invalid_argument("only lagged statistics have a phase `finish`");
+}
 
 int64_t part_sums(const TensorPart& part, bool factored) {
   if (!factored) return 0;

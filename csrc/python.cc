@@ -19,6 +19,7 @@
 #include "csrc/gpu_python.h"
 #include "csrc/gpu_test_hooks.h"
 #include "csrc/operations_python.h"
+#include "csrc/parts_python.h"
 #include "csrc/plan.h"
 #include "csrc/timing.h"
 #include "csrc/xla.h"
@@ -30,6 +31,7 @@ namespace py = pybind11;
 namespace {
 
 using lopt::Dtype;
+using lopt::OwnedPart;
 using lopt::Record;
 
 void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
@@ -125,17 +127,6 @@ void small_fc_step(const lopt::Spec& spec, uintptr_t theta_float32, uintptr_t th
                       chosen);
 }
 
-// lopt::TensorPart with the sizes that it points to.
-struct OwnedPart {
-  std::vector<int64_t> sizes, whole, begin;
-  int32_t x_axis, y_axis;
-  int64_t copies;
-
-  lopt::TensorPart view() const {
-    return {int32_t(sizes.size()), sizes.data(), whole.data(), begin.data(), x_axis, y_axis, copies};
-  }
-};
-
 OwnedPart make_part(std::vector<int64_t> sizes, std::vector<int64_t> whole, std::vector<int64_t> begin,
                     int32_t x_axis, int32_t y_axis, int64_t copies) {
   if (sizes.size() != whole.size() || sizes.size() != begin.size())
@@ -151,9 +142,7 @@ void small_fc_phase(const lopt::Spec& spec, const std::string& phase, uintptr_t 
                     const std::vector<OwnedPart*>& parts, const std::vector<Address>& params,
                     const std::vector<Address>& grads, const std::vector<ScalarNumbers>& numbers,
                     uintptr_t factors, uintptr_t squares, const std::string& pool, int threads) {
-  static const char* const kNames[] = {"factor_sums", "feature_sums", "apply", "finish"};
-  const auto* const name = std::find(std::begin(kNames), std::end(kNames), phase);
-  if (name == std::end(kNames)) throw std::invalid_argument("unknown phase " + phase);
+  const lopt::PartPhase chosen_phase = lopt::part_phase_of(phase);
   if (parts.size() != records.size()) throw std::invalid_argument("each tensor needs its part");
   std::vector<lopt::StepScalars> scalars;
   for (const auto& [lr, weight_decay, grad_scale, t] : numbers)
@@ -170,7 +159,7 @@ void small_fc_phase(const lopt::Spec& spec, const std::string& phase, uintptr_t 
   }
   const lopt::Pool chosen = pool_of(pool, threads);
   py::gil_scoped_release release;
-  lopt::small_fc_phase(spec, lopt::PartPhase(name - kNames), all.data(), int64_t(all.size()), chosen);
+  lopt::small_fc_phase(spec, chosen_phase, all.data(), int64_t(all.size()), chosen);
 }
 
 std::vector<std::string> available_instruction_sets() {
@@ -231,7 +220,13 @@ PYBIND11_MODULE(_native, m) {
     handlers["emulator"] = xla_handler(lopt::xla_small_fc_emulated_handler());
     return handlers;
   });
-  m.def("xla_phase_handler", [] { return xla_handler(lopt::xla_small_fc_phase_handler()); });
+  m.def("xla_phase_handlers", [] {  // of a phase of small_fc_lopt over parts, by platform
+    py::dict handlers;
+    handlers["cpu"] = xla_handler(lopt::xla_small_fc_phase_handler());
+    handlers["cuda"] = xla_handler(lopt::xla_small_fc_gpu_phase_handler());
+    handlers["emulator"] = xla_handler(lopt::xla_small_fc_emulated_phase_handler());
+    return handlers;
+  });
   m.def("xla_operation_handlers", [] {  // by operation, on the CPU
     py::dict handlers;
     handlers["element_mlp"] = xla_handler(lopt::xla_element_mlp_handler());
@@ -259,6 +254,19 @@ PYBIND11_MODULE(_native, m) {
         return lopt::xla_gpu_scratch_bytes(spec, loops, clip);
       },
       py::kw_only(), py::arg("spec"), py::arg("leaves"), py::arg("clip"));
+  m.def(
+      "xla_gpu_phase_scratch_bytes",
+      [](const lopt::Spec& spec, const std::vector<LoopNumbers>& leaves,
+         const std::vector<OwnedPart*>& parts) {
+        if (parts.size() != leaves.size()) throw std::invalid_argument("each leaf needs its part");
+        std::vector<lopt::Loops> loops;
+        std::vector<lopt::TensorPart> views;
+        for (const auto& [batch0, x, batch1, y, batch2, x_is_row, factored] : leaves)
+          loops.push_back({batch0, x, batch1, y, batch2, x_is_row, factored});
+        for (const OwnedPart* part : parts) views.push_back(part->view());
+        return lopt::xla_gpu_phase_scratch_bytes(spec, loops, views);
+      },
+      py::kw_only(), py::arg("spec"), py::arg("leaves"), py::arg("parts"));
 
   m.def(
       "time_passes",

@@ -81,77 +81,32 @@ void write_reals(const std::vector<double>& values, const xla::Buffer& buffer) {
   }
 }
 
-// Parts as the attributes and the operand `begins` describe them.
-struct Parts {
-  std::vector<int64_t> begin;
-  std::vector<TensorPart> of_leaf;  // points into `begin`, and to the attributes
-
-  Parts(const xla::Array& table, const xla::Buffer& begins) {
-    const xla::Batch unbatched(begins, 1);
-    xla::require(unbatched.size == 1 && begins.dtype == xla::kS32, "begin is batched, or not int32");
-    begin.resize(size_t(unbatched.elements(begins)));
-    std::copy_n(static_cast<const int32_t*>(begins.data), begin.size(), begin.begin());
-    const auto* numbers = static_cast<const int64_t*>(table.data);
-    size_t axes = 0;
-    for (size_t at = 0; at < table.size;) {
-      const int64_t* n = numbers + at;
-      const int64_t ndim = n[0];
-      xla::require(ndim >= 1 && ndim <= 64 && at + 4 + 2 * size_t(ndim) <= table.size &&
-                       axes + size_t(ndim) <= begin.size(),
-                   "the table of parts has the wrong size");
-      of_leaf.push_back(
-          {int32_t(ndim), n + 4, n + 4 + ndim, begin.data() + axes, int32_t(n[1]), int32_t(n[2]), n[3]});
-      at += 4 + 2 * size_t(ndim);
-      axes += size_t(ndim);
-    }
-  }
-};
-
 void small_fc_phase_from(const xla::CallFrame& frame) {
-  const xla::Array& number = xla::attribute(frame, "phase", xla::kS64);
-  xla::require(number.size == 1 && frame.operands.size >= 3, "a phase and its operands are needed");
-  const auto phase = PartPhase(*static_cast<const int64_t*>(number.data));
-  const auto operand = [&](int64_t from_last) -> const xla::Buffer& {
-    return *static_cast<const xla::Buffer*>(frame.operands.values[frame.operands.size - from_last]);
-  };
-  const Parts parts(xla::attribute(frame, "parts", xla::kS64), operand(3));
-
-  xla::CallShape shape;
-  shape.operands = 3;
-  shape.state = phase == PartPhase::apply || phase == PartPhase::finish;
-  shape.outputs = phase == PartPhase::apply;
-  shape.parts = parts.of_leaf.data();
-  shape.results = 2;
-  const xla::Call call = xla::decode(frame, shape);
-  xla::require(call.batch == 1 && !call.clip && parts.of_leaf.size() == call.tensors.size(),
-               "each leaf needs its part, and there is no batch");
+  xla::PhaseCall found = xla::decode_phase(frame, false);
+  const xla::Call& call = found.call;
+  const int64_t count = static_cast<int64_t>(found.parts.size());
   const auto real = [&](int64_t k) { return xla::real_at(call.scalar(0, k), call.scalar_dtype); };
   const StepScalars scalars = {real(0), real(1), real(2), *reinterpret_cast<const int32_t*>(call.count)};
   const std::vector<Tensor> tensors = cpu_tensors(call, &scalars);
-
-  int64_t sums = 0;
-  for (size_t i = 0; i < tensors.size(); ++i) sums += part_sums(parts.of_leaf[i], tensors[i].loops.factored);
-  const int64_t count = static_cast<int64_t>(tensors.size());
-  const auto result = [&](int64_t from_last) -> const xla::Buffer& {
-    return *static_cast<const xla::Buffer*>(frame.results.values[frame.results.size - from_last]);
-  };
-  const xla::Batch unbatched(operand(3), 1);
-  for (const xla::Buffer* b : {&operand(2), &result(2)}) unbatched.check(*b, sums);
-  for (const xla::Buffer* b : {&operand(1), &result(1)}) unbatched.check(*b, count * kPartSquares);
-  std::vector<double> factors = reals_of(operand(2), sums),
-                      squares = reals_of(operand(1), count * kPartSquares);
+  const auto* const begins = static_cast<const int32_t*>(found.begin->data);
+  const std::vector<int64_t> begin(begins, begins + found.axes);
+  std::vector<double> factors = reals_of(*found.factors, found.sums),
+                      squares = reals_of(*found.squares, count * kPartSquares);
   std::vector<PartTensor> all;
   double* next = factors.data();
+  const int64_t* axis = begin.data();
   for (size_t i = 0; i < tensors.size(); ++i) {
-    const TensorPart& part = parts.of_leaf[i];
+    TensorPart& part = found.parts[i];
+    part.begin = axis;
     all.push_back({tensors[i], part, next, squares.data() + int64_t(i) * kPartSquares});
+    axis += part.ndim;
     next += part_sums(part, tensors[i].loops.factored);
   }
   for (const xla::CallCopy& copy : call.copies) std::memcpy(copy.to, copy.from, copy.bytes);
   xla::Threads threads(frame);
-  small_fc_phase(call.spec, phase, all.data(), count, threads.pool());
-  write_reals(factors, result(2));
-  write_reals(squares, result(1));
+  small_fc_phase(call.spec, found.phase, all.data(), count, threads.pool());
+  write_reals(factors, *found.new_factors);
+  write_reals(squares, *found.new_squares);
 }
 
 xla::Error* handle(xla::CallFrame* frame) {

@@ -140,4 +140,51 @@ Call decode(const CallFrame& frame, const CallShape& shape) {
   return call;
 }
 
+PhaseCall decode_phase(const CallFrame& frame, bool scratch) {
+  const Array& number = attribute(frame, "phase", kS64);
+  require(number.size == 1 && frame.operands.size >= 3 && frame.results.size >= 2,
+          "a phase and its operands are needed");
+  PhaseCall found{};
+  found.phase = PartPhase(*static_cast<const int64_t*>(number.data));
+  const auto last = [](const auto& buffers, int64_t from_last) {
+    return static_cast<const Buffer*>(buffers.values[buffers.size - from_last]);
+  };
+  found.begin = last(frame.operands, 3);
+  found.factors = last(frame.operands, 2);
+  found.squares = last(frame.operands, 1);
+  found.new_factors = last(frame.results, 2);
+  found.new_squares = last(frame.results, 1);
+  const Array& table = attribute(frame, "parts", kS64);
+  const auto* numbers = static_cast<const int64_t*>(table.data);
+  for (size_t at = 0; at < table.size;) {
+    const int64_t* n = numbers + at;
+    const int64_t ndim = n[0];
+    require(ndim >= 1 && ndim <= 64 && at + 4 + 2 * size_t(ndim) <= table.size,
+            "the table of parts has the wrong size");
+    found.parts.push_back({int32_t(ndim), n + 4, n + 4 + ndim, nullptr, int32_t(n[1]), int32_t(n[2]), n[3]});
+    at += 4 + 2 * size_t(ndim);
+    found.axes += ndim;
+  }
+  const int64_t leaves = int64_t(found.parts.size());
+
+  CallShape shape;
+  shape.operands = 3;
+  shape.scratch = scratch;
+  shape.state = found.phase == PartPhase::apply || found.phase == PartPhase::finish;
+  shape.outputs = found.phase == PartPhase::apply;
+  shape.parts = found.parts.data();
+  shape.results = 2;
+  require(attribute(frame, "leaves", kS64).size == size_t(leaves * kLeafFields), "each leaf needs its part");
+  found.call = decode(frame, shape);
+  require(found.call.batch == 1 && !found.call.clip, "a phase has no batch, and does not clip");
+  for (int64_t i = 0; i < leaves; ++i)
+    found.sums += part_sums(found.parts[size_t(i)], found.call.tensors[size_t(i)].loops.factored);
+  const Batch unbatched(*found.begin, 1);
+  require(unbatched.size == 1 && found.begin->dtype == kS32, "begin is batched, or not int32");
+  unbatched.check(*found.begin, found.axes);
+  for (const Buffer* b : {found.factors, found.new_factors}) unbatched.check(*b, found.sums);
+  for (const Buffer* b : {found.squares, found.new_squares}) unbatched.check(*b, leaves * kPartSquares);
+  return found;
+}
+
 }  // namespace lopt::xla

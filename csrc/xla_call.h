@@ -21,15 +21,13 @@
 //
 // A phase of a step over parts of tensors (lopt_fast/jax/sharded.py) has besides, where the leaves are parts:
 //
-//   operands: begin (s32): where each leaf's part begins, along all its axes; factors, squares (reals): the
-//       arrays of PartTensor for all leaves, one after the other
-//   results: of `apply` and `finish` the state buffers, of `apply` the outputs; factors and squares, as they
-//   are
-//       after the phase
-//   attributes: phase (s64): PartPhase; parts (s64, for each leaf): axes, x_axis, y_axis, copies, sizes,
-//   sizes of the
-//       whole
-//   and scalar 2 is what multiplies the gradient.
+//   operands: begin (s32): where each leaf's part begins, along all its axes; factors, squares (reals, of
+//       float32 on GPUs): the arrays of PartTensor for all leaves, one after the other
+//   results: of `apply` and `finish` the state buffers, of `apply` the outputs; on GPUs scratch memory
+//       (xla_gpu_phase_scratch_bytes); factors and squares, as they are after the phase
+//   attributes: phase (s64): PartPhase; parts (s64, for each leaf): axes, x_axis, y_axis, copies, sizes of
+//       the part, sizes of the whole
+//   and scalar 2 is what multiplies the gradient. There is no vmap of it.
 //
 // Under vmap every operand and result has the same leading batch dimensions. Those of the meta-parameters,
 // whose own rank is 1, tell how many there are; the sizes of everything else are checked against them.
@@ -92,5 +90,17 @@ struct CallShape {
 
 // Throws std::invalid_argument if the call does not fit.
 Call decode(const CallFrame& frame, const CallShape& shape);
+
+// A phase of a step over parts.
+struct PhaseCall {
+  PartPhase phase;
+  Call call;
+  std::vector<TensorPart> parts;  // of each leaf, but for `begin`; points to the attributes
+  int64_t axes;                   // of all leaves together: the length of `begin`
+  int64_t sums;                   // length of `factors`
+  const Buffer *begin, *factors, *squares;
+  const Buffer *new_factors, *new_squares;  // results
+};
+PhaseCall decode_phase(const CallFrame& frame, bool scratch);
 
 }  // namespace lopt::xla

@@ -185,6 +185,15 @@ def test_other_types(dtype: str) -> None:
                 assert np.all(np.abs(a - b) <= bound), k
 
 
+def test_vectors_alone() -> None:
+    """No tensor has rows and columns: there are no sums along them."""
+    tx, on = optimizer(), mesh()
+    params, grads = {"v": PARAMS["v"]}, [{"v": g["v"]} for g in GRADS]
+    cut = {"v": P(("a", "b"))}
+    found = trajectory(tx, put(params, on, cut), [put(g, on, cut) for g in grads])
+    assert_same(found, trajectory(tx, params, grads), params)
+
+
 @pytest.mark.parametrize("statistics", ["exact", "lagged"])
 def test_scan_and_donation(statistics: str) -> None:
     tx, on = optimizer(statistics=statistics), mesh()

@@ -17,9 +17,11 @@ jax = pytest.importorskip("jax")
 pytest.importorskip("optax")
 import jax.numpy as jnp  # noqa: E402
 import test_jax  # noqa: E402
+from jax.sharding import Mesh, PartitionSpec  # noqa: E402
 from test_jax import (  # noqa: E402, F401  (these run here again, through the emulator)
     THETA,
     arrays,
+    assert_close,
     assert_equal,
     assert_follows,
     make_theta,
@@ -47,7 +49,7 @@ from test_jax_golden import FILES, check, needs_golden  # noqa: E402
 
 from lopt_fast import backends  # noqa: E402
 from lopt_fast.backends import BackendError, BackendWarning, native  # noqa: E402
-from lopt_fast.jax import call, custom_call, transformation  # noqa: E402
+from lopt_fast.jax import call, custom_call, sharded, transformation  # noqa: E402
 from lopt_fast.spec import Spec  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
@@ -59,6 +61,8 @@ pytestmark = pytest.mark.skipif(
 def register():
     handler = native().xla_handlers()["emulator"]
     jax.ffi.register_ffi_target(call.TARGETS["cuda"], handler, platform="cpu")
+    handler = native().xla_phase_handlers()["emulator"]
+    jax.ffi.register_ffi_target(call.PHASE_TARGETS["cuda"], handler, platform="cpu")
 
 
 def redirected(resolve):
@@ -155,6 +159,35 @@ def test_scratch_of_a_batch_is_enough():
         tx = optimizer(backend="cuda", max_grad_norm=1.0)
         out, _ = jax.jit(jax.vmap(lambda p, tx=tx: tx.step(p, tx.init(p), p)))(params)
         assert all(np.isfinite(a).all() for a in jax.tree.leaves(out))
+
+
+@pytest.mark.parametrize("statistics", ["exact", "lagged"])
+def test_phases_on_one_device(monkeypatch, statistics):
+    """What each of several devices runs for sharded parameters, on one that holds all; jax_gpu_on_four_devices.py has
+    the rest."""
+    mesh = Mesh(jax.devices()[:1], ("a",))
+    used = []
+
+    def step_on(platform, step, operands):
+        used.append(platform)
+        leaves = step.layout.leaves
+        cuts = [(("a",) if leaf.own is not None else (), *((),) * (len(leaf.shape) - 1)) for leaf in leaves]
+        program = partial(sharded._on_device, platform, step, mesh, cuts)
+        return jax.shard_map(
+            program, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False
+        )(operands)
+
+    spec = Spec().with_statistics(statistics)
+    shapes = {"w": (300, 301), "conv": (3, 90, 5, 60), "long": (70_000,), "b": (9,), "small": (6, 4, 5)}
+    params, grads = arrays(shapes), [arrays(shapes, seed=t + 1) for t in range(3)]
+    options = {"learning_rate": 0.3, "weight_decay": 0.1, "max_grad_norm": 0.5, "backend": "cuda"}
+    expected, wanted = run_steps(optimizer(spec, **options), params, grads)
+    monkeypatch.setattr(call, "step_on", step_on)
+    jax.clear_caches()
+    found, state = run_steps(optimizer(spec, **options), params, grads)
+    assert set(used) == {"cuda"}
+    assert_follows(found, [{n: np.asarray(a, np.float64) for n, a in p.items()} for p in expected], params)
+    assert_close(state, wanted, rtol=1e-4)
 
 
 def test_state_that_is_not_aliased_is_copied(monkeypatch):
@@ -297,9 +330,9 @@ def traits_of(capsule):
 
 def test_traits():
     """1: may be captured into a command buffer."""
-    handlers = native().xla_handlers()
-    assert {name: traits_of(handler) for name, handler in handlers.items()} == {
-        "cpu": 0,
-        "cuda": 1,
-        "emulator": 0,
-    }
+    for handlers in (native().xla_handlers(), native().xla_phase_handlers()):
+        assert {name: traits_of(handler) for name, handler in handlers.items()} == {
+            "cpu": 0,
+            "cuda": 1,
+            "emulator": 0,
+        }

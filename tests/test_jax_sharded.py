@@ -1,4 +1,4 @@
-"""Steps over sharded parameters, in a process with four devices."""
+"""Steps over sharded parameters, in a process with four devices: CPUs, or GPUs that the emulator plays."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ _module, _reason = backends._import_native()
 
 @pytest.mark.skipif(_module is None, reason=f"no compiled kernels: {_reason}")
 @pytest.mark.skipif(jax.__version_info__ < (0, 9), reason="explicit sharding is partitioned from JAX 0.9 on")
-def test_on_four_devices(root: Path) -> None:
+@pytest.mark.parametrize("file", ["jax_on_four_devices.py", "jax_gpu_on_four_devices.py"])
+def test_on_four_devices(root: Path, file: str) -> None:
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
     environment = dict(os.environ, XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
-    file = Path(__file__).with_name("jax_on_four_devices.py")
+    path = Path(__file__).with_name(file)
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(file)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(path)],
         env=environment,
         cwd=root,
         capture_output=True,

@@ -1,4 +1,5 @@
-// The kernels of cuda.cu: work items, one function for each width of the network. null, or what went wrong.
+// The kernels of cuda.cu: work items, one function for each width of the network; and that of cuda_parts.cu.
+// null, or what went wrong.
 #pragma once
 
 namespace lopt {
@@ -11,5 +12,6 @@ const char* launch_width_8(const GpuLaunch& launch, void* stream);
 const char* launch_width_16(const GpuLaunch& launch, void* stream);
 const char* launch_width_32(const GpuLaunch& launch, void* stream);
 const char* launch_width_64(const GpuLaunch& launch, void* stream);
+const char* launch_parts(const GpuLaunch& launch, void* stream);
 
 }  // namespace lopt

@@ -35,7 +35,12 @@ enum class LaunchKind : int32_t {
   items,       // work items first_item .. last_item of the table
   clip_total,  // the factors of the clip groups
   count,       // step counters
+  // A step over parts of tensors (gpu_parts.h), between the items of parts and those of whole tensors:
+  take_sums,
+  cut_places,
+  give_sums,
 };
+LOPT_BOTH bool is_of_parts(LaunchKind kind) { return kind >= LaunchKind::take_sums; }
 
 // A number of the step: `bits` is a double, or an address where `type` is not kHostScalar.
 constexpr int32_t kHostScalar = 4;
@@ -71,6 +76,28 @@ struct ClipRecord {
   int32_t group, begin, end;  // its tiles' sums
 };
 
+// Where a part lies in its tensor. Axes in memory order; those that are not cut are merged with the axis
+// before them, unless one of the two is factored.
+constexpr int kPartAxes = 12;
+struct PartRecord {
+  const int32_t* begin;  // of the part, along each axis before merging
+  float *factors, *squares;
+  int64_t copies;
+  int64_t size[kPartAxes], whole[kPartAxes];
+  int64_t step[kPartAxes];   // how far one place of the first of the merged axes goes
+  uint8_t first[kPartAxes];  // that axis
+  int32_t axes, x_axis, y_axis;
+  int32_t first_block;  // of those that work on this tensor
+};
+constexpr int kTableParts = 39;
+struct PartTable {
+  PartPhase phase;
+  int32_t blocks;
+  TensorRecord local[kTableParts];  // the part: its tiles
+  TensorRecord whole[kTableParts];  // row and column of the whole tensor: their segments
+  PartRecord parts[kTableParts];
+};
+
 constexpr int kTableTensors = 152;  // as many as ViT-B/16 has; GPT-2 124M has 148
 constexpr int kTableSpans = 570;
 constexpr int kTableGroups = 512;
@@ -85,7 +112,7 @@ struct StepHeader {
   double step_mult, exp_mult, scale_epsilon;
   const float* found_inf;
   float* scratch;
-  int32_t *done, *ticket;  // items done of each phase of each tensor: done[tensor * kPhases + phase]
+  int32_t *done, *ticket;  // items done of each phase of each tensor: done[tensor * kPhases + phase]; or null
   double *clip_sums, *clip_factors;
 };
 
@@ -101,10 +128,12 @@ struct GpuLaunch {
   union {
     TensorRecord records[kTableTensors];
     ClipRecord groups[kTableGroups];
+    PartTable parts;
   };
   uint32_t span_first[kTableSpans + 1];  // first item of each span; behind them the number of items
   uint16_t span_what[kTableSpans];       // tensor * kPhases + phase, and whether kOneEach
 };
+static_assert(sizeof(PartTable) <= sizeof(TensorRecord) * kTableTensors, "no larger than the other tables");
 static_assert(sizeof(GpuLaunch) <= 32764, "a kernel's arguments");
 static_assert(kTableTensors * kPhases <= kOneEach, "span_what");
 

@@ -496,12 +496,16 @@ def render(rows: Rows, *, kernels_only: bool = False) -> str:
     return markdown(header, [[key, *(str(v) for v in sums.values())] for key, sums in total.items()])
 
 
+SMALL_FC_KERNELS = ("items_kernel", "matmul_kernel", "other_kernel", "part_kernel")
+"""CUDA kernels of small_fc_lopt: what their names begin with."""
+
+
 def render_operations(rows: Rows) -> str:
     """Markdown: registers of the CUDA kernels of the operations but small_fc_lopt, for each architecture."""
     registers: dict[str, dict[str, str]] = {}
     for name, row in select(rows, "cuda").items():
         _, target, kernel, *function = name.split("/")
-        if not function and not kernel.startswith(("items_kernel", "matmul_kernel", "other_kernel")):
+        if not function and not kernel.startswith(SMALL_FC_KERNELS):
             registers.setdefault(kernel, {})[target] = str(row.registers)
     targets = sorted({target for found in registers.values() for target in found}, key=lambda t: int(t[3:]))
     body = [

@@ -18,8 +18,8 @@ from .. import reference
 from ..backends import BACKENDS, BackendError, BackendWarning, cuda, native, refusal
 from ..reference import Array
 from ..spec import Spec
-from .custom_call import PHASE_TARGET, TARGETS, Choice, Operands, Step, kernel
-from .sharded import step_on_cpu
+from .custom_call import PHASE_TARGETS, TARGETS, Choice, Operands, Step
+from .sharded import step_on
 from .state import put, take
 
 
@@ -28,9 +28,7 @@ def learned_optimizer_step(step: Step, operands: Operands) -> tuple[list[Array],
     """(outputs, new state buffers)."""
     if not operands.params:
         return [], operands.buffers
-    kernels: dict[str, Any] = {name: partial(kernel, step, name) for name in step.choice.kernels}
-    if "cpu" in kernels:
-        kernels["cpu"] = partial(step_on_cpu, step)
+    kernels: dict[str, Any] = {name: partial(step_on, name, step) for name in step.choice.kernels}
     plain = partial(_reference, step)
     if kernels and step.choice.reference:
         return jax.lax.platform_dependent(operands, default=plain, **kernels)
@@ -105,15 +103,16 @@ def warn_once(message: str) -> None:
 
 @cache
 def registration_failure(platform: str) -> str | None:
-    """Register the platform's custom call with JAX at first use; None, or the reason why JAX refuses it."""
+    """Register the platform's custom calls with JAX at first use; None, or the reason why JAX refuses it."""
     try:
         core = native()
         if platform == "cuda":
             core.xla_set_device(cuda().device())
         name = "CUDA" if platform == "cuda" else platform
         jax.ffi.register_ffi_target(TARGETS[platform], core.xla_handlers()[platform], platform=name)
-        if platform == "cpu":
-            jax.ffi.register_ffi_target(PHASE_TARGET, core.xla_phase_handler(), platform=name)
+        jax.ffi.register_ffi_target(
+            PHASE_TARGETS[platform], core.xla_phase_handlers()[platform], platform=name
+        )
     except Exception as error:  # a handler that is refused must not take JAX down with it
         return f"JAX {jax.__version__} does not take the custom call ({type(error).__name__}: {error})"
     return None

@@ -26,8 +26,8 @@ from .state import Layout, Leaf, Slot
 
 TARGETS = {"cpu": "lopt_fast_small_fc_step", "cuda": "lopt_fast_small_fc_step_gpu"}
 """Name of the custom call, by JAX's name of the platform, which is also that of the backend."""
-PHASE_TARGET = "lopt_fast_small_fc_phase"
-"""Of a phase of a step over parts of tensors, on the CPU."""
+PHASE_TARGETS = {"cpu": "lopt_fast_small_fc_phase", "cuda": "lopt_fast_small_fc_phase_gpu"}
+"""Of a phase of a step over parts of tensors."""
 _FORMAT = 1  # of the attributes; csrc/xla_call.cc refuses others
 
 

@@ -2,8 +2,9 @@
 
 XLA's partitioner asks for the program of one device (`jax.experimental.custom_partitioning`). It is the phases of
 csrc/core.h, with the sums that they give added up over all devices of the mesh in between. The result is that of the
-whole parameters, up to rounding. Momentum and second moment of a large parameter are sharded as it is; packed state
-(small parameters, and the row and column accumulators of all) lies on every device.
+whole parameters, up to rounding (state in bfloat16: up to other random bits). Momentum and second moment of a large
+parameter are sharded as it is; packed state (small parameters, and the row and column accumulators of all) lies on
+every device.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -24,8 +25,9 @@ from jax.sharding import PartitionSpec as P
 
 from ..backends import native
 from ..layout import Loops, Part, column_shape, factored_dims, loops, row_shape
+from ..native import Placement, kernel_spec
 from ..reference import CLIP_EPSILON, Array
-from .custom_call import PHASE_TARGET, Operands, Step, Theta, call, is_manual, kernel, row
+from .custom_call import PHASE_TARGETS, Operands, Step, Theta, call, is_manual, kernel, row
 from .state import Layout, Leaf, Slot
 
 Result: TypeAlias = tuple[list[Array], list[Array]]
@@ -37,42 +39,50 @@ _enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental
 _PHASES = ("factor_sums", "feature_sums", "apply", "finish")  # PartPhase of csrc/core.h
 
 
-def step_on_cpu(step: Step, operands: Operands) -> Result:
-    """`kernel` for the CPU; parameters that turn out to be sharded stay so."""
+def step_on(platform: str, step: Step, operands: Operands) -> Result:
+    """`kernel` of a platform; parameters that turn out to be sharded stay so."""
     operands = operands._replace(theta=Theta(operands.theta.flat, {}))
-    if not _can_be_partitioned(operands):
-        return kernel(step, "cpu", operands)
+    if not _can_be_partitioned(platform, operands):
+        return kernel(step, platform, operands)
 
     @jax.custom_batching.custom_vmap
     def partitioned(operands: Operands) -> Result:
-        result: Result = _partitioned(step, operands)
+        result: Result = _partitioned(platform, step, operands)
         return result
 
     @partitioned.def_vmap  # the partitioner's call has no batching rule
     def batched(axis_size: int, in_batched: list[Any], operands: Operands) -> tuple[Result, Any]:
         axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, in_batched[0])
-        result = jax.vmap(partial(kernel, step, "cpu"), in_axes=(axes,), axis_size=axis_size)(operands)
+        result = jax.vmap(partial(kernel, step, platform), in_axes=(axes,), axis_size=axis_size)(operands)
         return result, jax.tree.map(lambda a: True, result)
 
     result: Result = partitioned(operands)
     return result
 
 
-def _can_be_partitioned(operands: Operands) -> bool:
+def device_count(platform: str) -> int:
+    """Devices of a platform; 1 where there is none and programs for it are lowered alone."""
+    try:
+        return jax.device_count(platform)
+    except RuntimeError:
+        return 1
+
+
+def _can_be_partitioned(platform: str, operands: Operands) -> bool:
     """Whether there are devices to partition for, and JAX can."""
-    if len(jax.devices("cpu")) == 1 or jax.__version_info__ < (0, 7) or is_manual(operands):
+    if device_count(platform) == 1 or jax.__version_info__ < (0, 7) or is_manual(operands):
         return False
     explicit = getattr(jax.sharding.get_abstract_mesh(), "explicit_axes", ())
     return not explicit or jax.__version_info__ >= (0, 9)
 
 
-def _partitioned(step: Step, operands: Operands) -> Result:
+def _partitioned(platform: str, step: Step, operands: Operands) -> Result:
     """The step as XLA's partitioner is to see it."""
     x64 = jax.config.jax_enable_x64
 
     def on_device(mesh: Mesh, cuts: list[Cut], operands: Operands) -> Result:
         with _enable_x64(x64):  # traced in a thread that knows nothing of the caller's `with`
-            return _on_device(step, mesh, cuts, operands)
+            return _on_device(platform, step, mesh, cuts, operands)
 
     def partition(mesh: Mesh, arguments: Any, result: Any) -> Any:
         del result
@@ -83,7 +93,7 @@ def _partitioned(step: Step, operands: Operands) -> Result:
     def infer(mesh: Mesh, arguments: Any, result: Any) -> Any:
         return partition(mesh, arguments, result)[2]
 
-    whole: Any = custom_partitioning(partial(kernel, step, "cpu"))
+    whole: Any = custom_partitioning(partial(kernel, step, platform))
     whole.def_partition(
         partition=partition,
         infer_sharding_from_operands=infer,
@@ -255,6 +265,10 @@ class _Local:
         whole = self.part.whole
         return math.prod(row_shape(whole)) + math.prod(column_shape(whole)) if factored_dims(whole) else 0
 
+    @property
+    def native_part(self) -> Any:
+        return Placement(self.part.shape, tuple(range(len(self.part.shape))), part=self.part).native_part()
+
 
 class _Sums(NamedTuple):
     """What the phases give and take, see csrc/core.h."""
@@ -263,12 +277,12 @@ class _Sums(NamedTuple):
     squares: Array
 
 
-def _on_device(step: Step, mesh: Mesh, cuts: list[Cut], operands: Operands) -> Result:
+def _on_device(platform: str, step: Step, mesh: Mesh, cuts: list[Cut], operands: Operands) -> Result:
     """The step of one device, on what it holds."""
     if not any(names for cut in cuts for names in cut):
-        return kernel(step, "cpu", operands)
+        return kernel(step, platform, operands)
     local = [_Local.of(step.layout.leaves[i], cuts[i], mesh) for i in step.present]
-    dtype = operands.scalars.dtype
+    dtype = jnp.dtype(jnp.float32) if platform == "cuda" else operands.scalars.dtype
     everywhere = mesh.axis_names
     operands = operands._replace(scalars=_with_scale(step, local, operands, everywhere))
     step = replace(step, clip=False)
@@ -277,23 +291,24 @@ def _on_device(step: Step, mesh: Mesh, cuts: list[Cut], operands: Operands) -> R
         jnp.zeros(sum(leaf.sums for leaf in local), dtype),
         jnp.zeros(len(local) * native().part_squares, dtype),
     )
+    scratch = _scratch(platform, step, local)
 
     def phase(
         name: str, operands: Operands, sums: _Sums, state: bool = False, outputs: bool = False
     ) -> tuple[_Sums, Operands, list[Array]]:
         found = call(
-            PHASE_TARGET,
+            PHASE_TARGETS[platform],
             step,
             operands,
             [row(leaf.leaf, leaf.nest, leaf.slots) for leaf in local],
             extra=(begin, *sums),
-            results=sums,
+            results=[*scratch, *sums],
             state=state,
             outputs=outputs,
             phase=np.array([_PHASES.index(name)], np.int64),
             parts=np.array([n for leaf in local for n in leaf.table], np.int64),
         )
-        return _Sums(*found.others), operands._replace(buffers=found.buffers), found.outputs
+        return _Sums(*found.others[len(scratch) :]), operands._replace(buffers=found.buffers), found.outputs
 
     def added_up(sums: _Sums) -> _Sums:
         return _Sums(*(jax.lax.psum(a, everywhere) for a in sums))
@@ -310,6 +325,18 @@ def _on_device(step: Step, mesh: Mesh, cuts: list[Cut], operands: Operands) -> R
     sums, after, outputs = phase("apply", operands, sums, state=True, outputs=True)
     _, after, _ = phase("finish", after, added_up(sums), state=True)
     return outputs, after.buffers
+
+
+def _scratch(platform: str, step: Step, local: Sequence[_Local]) -> list[Array]:
+    """What the scratch memory of a phase is like, if it needs any."""
+    if platform == "cpu":
+        return []
+    size = native().xla_gpu_phase_scratch_bytes(
+        spec=kernel_spec(step.spec),
+        leaves=[astuple(leaf.nest) for leaf in local],
+        parts=[leaf.native_part for leaf in local],
+    )
+    return [jnp.zeros(size, jnp.uint8)]
 
 
 def _with_scale(step: Step, local: Sequence[_Local], operands: Operands, everywhere: Any) -> Array:

@@ -41,6 +41,7 @@ from test_jax import (  # noqa: E402, F401  (these run here again, on the GPU)
 )
 from test_jax_golden import FILES, needs_golden  # noqa: E402
 from test_jax_gpu_call import (  # noqa: E402, F401
+    test_phases_on_one_device,
     test_scalars_in_float64,
     test_scratch_of_a_batch_is_enough,
     test_specifications,
