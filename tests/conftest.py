@@ -24,7 +24,10 @@ if not backends._has_gpu_driver() and find_spec("jaxlib") and version("jaxlib").
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
-LONGEST = ("test_gpu_resources.py", "test_meta_processes.py", "test_triton.py", "test_triton_operations.py")
+LONGEST = (
+    "test_gpu_resources.py", "test_jax_sharded.py", "test_meta_processes.py", "test_torch_sharded.py",
+    "test_triton.py", "test_triton_operations.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
