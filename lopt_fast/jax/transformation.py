@@ -73,7 +73,7 @@ def learned_optimizer(
     parameters, gradients, state, meta-parameters, hyperparameters and losses, and inside `jax.shard_map`, where
     statistics are those of each shard. Under `jax.jit` sharded parameters give the same result as whole ones: the
     kernels of `small_fc_lopt` update on each device the parts that it holds, those of other architectures have them
-    gathered for the step (docs/sharding.md). Call `init` outside of `jax.jit` to have state sharded as the parameters are.
+    gathered for the step (docs/sharding.md). Call `init` outside of `jax.jit` to have state sharded as they are.
 
     Architectures other than `small_fc_lopt` have state of their own,
     `ArchitectureState`. With backend="reference" XLA compiles each shape of parameter once, in about 4 seconds of a
