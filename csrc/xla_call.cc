@@ -1,5 +1,6 @@
 #include "csrc/xla_call.h"
 
+#include "csrc/parts.h"
 #include "csrc/xla_frame.h"
 
 namespace lopt::xla {
@@ -17,8 +18,7 @@ struct Axes {
 Axes axes_of(const Loops& l, const TensorPart* part) {
   int64_t n = l.batch0 * l.x * l.batch1 * l.y * l.batch2, x = l.x, y = l.y;
   if (part) {
-    n = 1;
-    for (int32_t axis = 0; axis < part->ndim; ++axis) n *= part->whole[axis];
+    n = whole_elements(*part);
     require(part->x_axis >= 0 && part->x_axis < part->ndim && part->y_axis >= 0 && part->y_axis < part->ndim,
             "a part has no such axis");
     x = part->whole[part->x_axis];

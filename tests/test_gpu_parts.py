@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import test_native_parts
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from test_native_parts import PLACES, arrays, box
 
 from lopt_fast import native
@@ -139,20 +138,9 @@ def test_parts_together_are_the_whole(dtype: str, statistics: str) -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(
-    st.lists(st.integers(0, 9), min_size=1, max_size=5),
-    st.integers(0, 4),
-    st.integers(0, 4),
-    st.booleans(),
-)
+@given(*test_native_parts.CUTS)
 def test_any_cut(sizes: list[int], first: int, second: int, lagged: bool) -> None:
-    grid = [1] * len(sizes)
-    for axis in (first, second):
-        grid[axis % len(sizes)] *= 2
-    spec = Spec().with_statistics("lagged" if lagged else "exact")
-    cluster = Cluster(spec, arrays([tuple(sizes)], seed=sum(sizes)), [tuple(grid)])
-    for _ in range(2):
-        cluster.step()
+    test_native_parts.check_cut(sizes, first, second, lagged)
 
 
 @pytest.mark.parametrize("statistics", ["exact", "lagged"])

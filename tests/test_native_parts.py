@@ -218,14 +218,16 @@ def test_memory_order_of_the_whole() -> None:
         cluster.step()
 
 
-@settings(max_examples=40, deadline=None)
-@given(
+CUTS = (
     st.lists(st.integers(0, 9), min_size=1, max_size=5),
     st.integers(0, 4),
     st.integers(0, 4),
     st.booleans(),
 )
-def test_any_cut(sizes: list[int], first: int, second: int, lagged: bool) -> None:
+"""Sizes of a tensor, two axes (of any rank) that are cut in two, and whether statistics are lagged."""
+
+
+def check_cut(sizes: list[int], first: int, second: int, lagged: bool) -> None:
     grid = [1] * len(sizes)
     for axis in (first, second):
         grid[axis % len(sizes)] *= 2
@@ -233,6 +235,12 @@ def test_any_cut(sizes: list[int], first: int, second: int, lagged: bool) -> Non
     cluster = Cluster(spec, arrays([tuple(sizes)], seed=sum(sizes)), [tuple(grid)])
     for _ in range(2):
         cluster.step()
+
+
+@settings(max_examples=40, deadline=None)
+@given(*CUTS)
+def test_any_cut(sizes: list[int], first: int, second: int, lagged: bool) -> None:
+    check_cut(sizes, first, second, lagged)
 
 
 def test_what_is_refused() -> None:

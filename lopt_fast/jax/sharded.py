@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ..backends import native
-from ..layout import Loops, Part, column_shape, factored_dims, loops, row_shape
+from ..layout import Loops, Part, factored_dims, loops
 from ..native import Placement, kernel_spec
 from ..reference import CLIP_EPSILON, Array
 from .custom_call import PHASE_TARGETS, Operands, Step, Theta, call, is_manual, kernel, row
@@ -262,8 +262,7 @@ class _Local:
     @property
     def sums(self) -> int:
         """Length of its `factors`."""
-        whole = self.part.whole
-        return math.prod(row_shape(whole)) + math.prod(column_shape(whole)) if factored_dims(whole) else 0
+        return int(self.native_part.sums(factored=self.nest.factored))
 
     @property
     def native_part(self) -> Any:
